@@ -1,0 +1,123 @@
+"""The embedded rollout engine: batched decoding of our transformers model with its hybrid cache, no vLLM needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from transformers import DynamicCache
+
+from kimi_rl.model.load_save import load_model
+from kimi_rl.model.naming import load_into, to_checkpoint
+from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.rollout.sampling import draw, processed_logprobs, uniforms
+from kimi_rl.weight_sync import tensor_checksum
+
+
+class TransformersEngine:
+    """`RolloutEngine` on `KimiLinearForCausalLM`.
+
+    Prompts are left-padded and decoded together, `batch_size` at a time; a finished sequence leaves the batch at
+    once, so that a few long completions do not hold the others' rows.
+    """
+
+    def __init__(
+        self,
+        model_folder: str,
+        *,
+        batch_size: int = 128,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        policy_version: int = -1,
+    ):
+        self.model = load_model(model_folder, dtype=dtype, device=device).eval()
+        self.model.requires_grad_(False)
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.policy_version = policy_version
+        self._updating = False
+        config = self.model.config
+        eos = config.eos_token_id
+        self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
+        self.pad_id = config.pad_token_id
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        if self._updating:
+            raise RuntimeError(
+                "the engine holds an incomplete weight update; send the whole update again before generating"
+            )
+        # Prompts of like length share a batch: less padding. The order of the answers is that of the requests.
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt_ids))
+        completions: list[Completion | None] = [None] * len(requests)
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            for row, completion in zip(rows, self._decode([requests[i] for i in rows], params), strict=True):
+                completions[row] = completion
+        return completions  # type: ignore[return-value]
+
+    def _decode(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        greedy = params.temperature == 0
+        noise = uniforms([r.seed for r in requests], params.max_tokens).to(self.device)
+        tokens_of: list[list[int]] = [[] for _ in requests]
+        logprobs_of: list[list[float]] = [[] for _ in requests]
+        stopped = [False] * len(requests)
+
+        input_ids, mask = self._left_pad([list(r.prompt_ids) for r in requests])
+        cache = DynamicCache(config=self.model.config)
+        alive = torch.arange(len(requests), device=self.device)  # request of each row still decoding
+        for step in range(params.max_tokens):
+            logits = self.model(
+                input_ids=input_ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[:, -1]
+            logprobs = processed_logprobs(logits, params.temperature, params.top_p)
+            tokens, chosen = draw(logprobs, noise[alive, step], greedy)
+            is_stop = torch.isin(tokens, self.eos_ids)
+            for row, token, logprob, stop in zip(
+                alive.tolist(), tokens.tolist(), chosen.tolist(), is_stop.tolist(), strict=True
+            ):
+                tokens_of[row].append(token)
+                logprobs_of[row].append(logprob)
+                stopped[row] = stop
+            keep = (~is_stop).nonzero().squeeze(-1)
+            if keep.numel() == 0:
+                break
+            if keep.numel() < alive.numel():
+                cache.reorder_cache(keep)
+                alive, tokens, mask = alive[keep], tokens[keep], mask[keep]
+            input_ids = tokens.unsqueeze(-1)
+            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=-1)
+        return [
+            Completion(tokens_of[i], logprobs_of[i], "stop" if stopped[i] else "length", self.policy_version)
+            for i in range(len(requests))
+        ]
+
+    def _left_pad(self, prompts: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), self.pad_id)
+        mask = torch.zeros(len(prompts), width, dtype=torch.long)
+        for i, prompt in enumerate(prompts):
+            ids[i, width - len(prompt) :] = torch.tensor(prompt)
+            mask[i, width - len(prompt) :] = 1
+        return ids.to(self.device), mask.to(self.device)
+
+    # --- weight updates ---------------------------------------------------------------------------------------
+
+    def begin_update(self) -> None:
+        self._updating = True  # there are no caches to drop: every `generate` starts from empty ones
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        load_into(self.model, weights)
+
+    def finish_update(self, version: int) -> None:
+        self.policy_version = version
+        self._updating = False
+
+    def checksums(self) -> dict[str, int]:
+        return {name: tensor_checksum(tensor) for name, tensor in to_checkpoint(self.model)}
+
+    def close(self) -> None:
+        self._updating = True
+        del self.model

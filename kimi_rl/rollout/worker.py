@@ -1,0 +1,81 @@
+"""A rollout worker: one engine in a Ray actor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+
+
+def resolve_engine(name: str) -> str:
+    """`auto` takes vLLM where it is installed, else the embedded transformers engine."""
+    if name != "auto":
+        return name
+    from importlib.util import find_spec
+
+    return "vllm" if find_spec("vllm") is not None else "transformers"
+
+
+def build_engine(
+    name: str,
+    model_folder: str,
+    *,
+    batch_size: int,
+    max_model_len: int,
+    seed: int,
+    device: str,
+    engine_args: dict[str, Any],
+    policy_version: int = -1,
+):
+    """The engine called `name` on the model in `model_folder` (see `RolloutEngine`)."""
+    if resolve_engine(name) == "vllm":
+        from kimi_rl.rollout.vllm_engine import VLLMEngine
+
+        engine = VLLMEngine(
+            model_folder,
+            max_model_len=max_model_len,
+            max_num_seqs=batch_size,
+            dtype="float32" if device == "cpu" else "bfloat16",
+            engine_args=engine_args,
+            seed=seed,
+        )
+        engine.policy_version = policy_version
+        return engine
+    import torch
+
+    from kimi_rl.rollout.transformers_engine import TransformersEngine
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    return TransformersEngine(
+        model_folder, batch_size=batch_size, dtype=dtype, device=device, policy_version=policy_version
+    )
+
+
+@ray.remote
+class RolloutWorker:
+    """Holds one engine. A fresh worker serves nothing until its first weight update (`policy_version` is -1)."""
+
+    def __init__(self, engine: str, threads: int, **engine_settings: Any):
+        import torch
+
+        torch.set_num_threads(threads)
+        self._engine = build_engine(engine, **engine_settings)
+
+    def ready(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "engine": type(self._engine).__name__}
+
+    def update_weights(self, update: Any) -> int:
+        from kimi_rl.weight_sync import apply_update
+
+        apply_update(self._engine, update)
+        return self._engine.policy_version
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams, version: int) -> list[Completion]:
+        """Complete `requests` with policy `version`; a worker that holds another one refuses."""
+        if self._engine.policy_version != version:
+            raise RuntimeError(f"asked for policy version {version}, the worker holds {self._engine.policy_version}")
+        return self._engine.generate(requests, params)
