@@ -1,0 +1,209 @@
+"""The `kimi-rl` command. Heavy imports happen inside the commands, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kimi_rl import __version__
+from kimi_rl.errors import InputError, RunError
+
+app = typer.Typer(
+    name="kimi-rl",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""RL post-training for the Kimi Linear hybrid.
+
+    Start with `kimi-rl train recipes/quickstart.yaml --out runs/first`, then open `runs/first/report.html`.
+
+    Exit codes: 0 done, 1 the run failed, 2 bad input (one line says what and where).""",
+)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+
+@app.command(
+    epilog="Example: `kimi-rl train recipes/quickstart.yaml seed=1 stages.rlvr.steps=50 --out runs/seed1`"
+)
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML); see recipes/README.md.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, dotted: `seed=1`, `stages.rlvr.learning_rate=1e-4`."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Run directory; must be new or empty. Default: runs/<name>.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last complete checkpoint in the run directory.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a recipe: its SFT and RLVR stages in order, through Ray.
+
+    Everything lands in the run directory: `recipe.yaml` (resolved), `metrics.jsonl`, `rollouts/`, `stages/` with
+    checkpoints, `model/` (Hugging Face layout), `summary.json` and `report.html`.
+    """
+    from kimi_rl.pipeline import train as run
+    from kimi_rl.progress import ProgressView
+    from kimi_rl.recipe_load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    target = out or Path("runs") / loaded.name
+    with ProgressView(enabled=not as_json) as view:
+        summary = run(loaded, target, resume=resume, view=view)
+    if as_json:
+        print_json(summary)
+        return
+    from kimi_rl.report import render_text_summary
+
+    typer.echo(render_text_summary(target))
+    typer.echo(f"report: {target / 'report.html'}")
+
+
+@app.command(epilog="Example: `kimi-rl eval runs/first/model data.task=arithmetic --limit 200 --k 4`")
+def eval(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    data: Annotated[list[str], typer.Argument(metavar="data.KEY=VALUE...", help="Which problems, as in a recipe.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N held-out problems.")] = None,
+    k: Annotated[int, typer.Option(min=0, help="Samples per problem for avg@k; 0: greedy only.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of the k samples.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write one JSON line per problem to this file.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure a model's held-out accuracy: greedy and avg@k, with standard errors."""
+    from kimi_rl.standalone import evaluate_model
+
+    figures, records = evaluate_model(
+        model, data, limit=limit, k=k, temperature=temperature, max_tokens=max_tokens, engine=engine, seed=seed
+    )
+    if out is not None:
+        from kimi_rl.run_dir import atomic_write_text
+
+        atomic_write_text(out, "".join(json.dumps(record) + "\n" for record in records))
+    if as_json:
+        print_json(figures)
+        return
+    typer.echo(f"greedy accuracy {figures['held_out_accuracy']:.3f} ± {figures['held_out_se']:.3f} (n={figures['n']})")
+    if k:
+        typer.echo(f"avg@{k} {figures['avg_at_k']:.3f} ± {figures['avg_at_k_se']:.3f} at temperature {temperature}")
+    typer.echo(f"cut off at {max_tokens} tokens: {figures['truncated_share']:.1%}; no answer: "
+               f"{figures['no_answer_share']:.1%}")
+
+
+@app.command(epilog='Example: `kimi-rl generate runs/first/model --prompts prompts.jsonl --greedy --json`')
+def generate(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
+    prompts: Annotated[
+        Path, typer.Option(help='JSON lines: {"prompt": text} (put through the chat template) or {"prompt_ids": [..]}.')
+    ],
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    greedy: Annotated[bool, typer.Option(help="Take the most likely token each time.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed gives the same samples.")] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Complete prompts with a model, one line each.
+
+    With `--json`: one object a prompt with `prompt_ids`, `token_ids`, `logprobs` (of each sampled token, after
+    temperature and top-p), `text` and `finish_reason`.
+    """
+    from kimi_rl.standalone import generate_from_file
+
+    for answer in generate_from_file(
+        model,
+        prompts,
+        engine=engine,
+        temperature=0.0 if greedy else temperature,
+        top_p=top_p,
+        max_tokens=max_tokens,
+        seed=seed,
+    ):
+        typer.echo(json.dumps(answer) if as_json else f"[{answer['finish_reason']}] {answer['text']}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run directories.")],
+    as_json: JsonFlag = False,
+) -> None:
+    """Write `report.html` for finished, running or failed runs."""
+    from kimi_rl.report import render_text_summary, write_report
+
+    written = []
+    for run in runs:
+        if not (run / "recipe.yaml").is_file():
+            raise InputError(f"{run}: not a run directory (no recipe.yaml in it); give a folder made by `kimi-rl train`")
+        written.append(str(write_report(run)))
+        if not as_json:
+            typer.echo(render_text_summary(run))
+            typer.echo(f"report: {written[-1]}")
+    if as_json:
+        print_json({"reports": written})
+
+
+@app.command(epilog=r"Example: `kimi-rl verify --gold '\frac{1}{2}' --answer 0.5`")
+def verify(
+    gold: Annotated[str | None, typer.Option(help="The reference answer.")] = None,
+    answer: Annotated[str | None, typer.Option(help="The answer to judge, without any marker.")] = None,
+    completion: Annotated[str | None, typer.Option(help="A whole completion to extract the answer from.")] = None,
+    cases: Annotated[
+        Path | None, typer.Option(help="JSON lines with `gold` and `completion` or `answer`; one verdict each.")
+    ] = None,
+    kind: Annotated[str, typer.Option(help="`math` (equivalence) or `exact` (the same text).")] = "math",
+    as_json: JsonFlag = False,
+) -> None:
+    """Say which verdict an answer gets, and why."""
+    from kimi_rl.standalone import verify_cases
+
+    rows = verify_cases(gold=gold, answer=answer, completion=completion, cases=cases, kind=kind)
+    for row in rows:
+        typer.echo(json.dumps(row) if as_json else f"{row['status']}: {row['reason']} (value {row['value']})")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def main() -> None:
+    """Entry point: bad input is one line and exit code 2, a failed run one line and exit code 1."""
+    try:
+        app(standalone_mode=False)
+    except InputError as error:
+        _fail(error, 2)
+    except RunError as error:
+        _fail(error, 1)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        typer.echo("stopped; go on with --resume", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of the command line itself
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+
+
+def _fail(error: Exception, code: int) -> None:
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

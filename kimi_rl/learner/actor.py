@@ -1,0 +1,53 @@
+"""The learner: a Ray actor that runs one stage and answers with its figures."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from typing import Any
+
+import ray
+
+from kimi_rl.learner.stage import StageContext, StageJob
+
+
+@ray.remote
+class Learner:
+    """Runs stages in a process of its own, so that each starts clean and gives its memory back."""
+
+    def run(self, job: StageJob) -> dict[str, Any]:
+        """Run `job` to its end, from its last whole checkpoint if it has one.
+
+        Returns the stage's result: name, kind, model folder, held-out figures, seconds.
+        """
+        # Transformers' progress lines and tips belong to a terminal that this process does not have.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        import torch
+        from transformers import set_seed
+        from transformers.utils import logging as hf_logging
+
+        from kimi_rl.learner.rlvr import run_rlvr
+        from kimi_rl.learner.sft import run_sft
+
+        hf_logging.set_verbosity_error()
+        torch.set_num_threads(job.threads)
+        set_seed(job.recipe.seed)
+        start = time.perf_counter()
+        context = StageContext(job)
+        try:
+            run = {"sft": run_sft, "rlvr": run_rlvr}[context.stage.kind]
+            run(context)
+            updates = getattr(context.stage, "updates_per_step", 1)
+            figures = context.evaluate(context.stage.steps, context.stage.steps * updates, "after")
+            model = context.save_final()
+        finally:
+            context.close()
+        return {
+            "name": context.stage.name,
+            "kind": context.stage.kind,
+            "model": str(model),
+            "seconds": time.perf_counter() - start,
+            "workers_restarted": context.pool.restarts,
+            **asdict(figures),
+        }

@@ -1,0 +1,101 @@
+"""The SFT stage: trl.SFTTrainer on the worked solutions, loss on the assistant turn only, nothing packed."""
+
+from __future__ import annotations
+
+import time
+
+from datasets import Dataset
+from trl import SFTConfig, SFTTrainer
+
+from kimi_rl.errors import InputError
+from kimi_rl.learner.stage import CheckpointNames, RecordCallback, StageContext
+from kimi_rl.recipe import SFTStage
+
+
+class SFTLearner(CheckpointNames, SFTTrainer):
+    """`trl.SFTTrainer` whose checkpoints are read under the hub's tensor names."""
+
+
+def sft_dataset(context: StageContext) -> Dataset:
+    """Conversations of question and worked solution; those longer than `max_length` tokens are dropped, with a count."""
+    stage: SFTStage = context.stage
+    tokenizer = context.tokenizer
+    rows, dropped = [], 0
+    for prompt, solution in zip(
+        context.problems.train["prompt"], context.problems.train["solution"], strict=True
+    ):
+        messages = [*prompt, {"role": "assistant", "content": solution}]
+        if len(rows) >= stage.steps * stage.batch_size:
+            break  # more than the stage will read
+        if len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)) > stage.max_length:
+            dropped += 1
+            continue
+        rows.append({"messages": messages})
+    if not rows:
+        raise InputError(
+            f"stages.{stage.name}.max_length: all {dropped} training samples are longer than {stage.max_length} "
+            "tokens; raise max_length or choose shorter problems"
+        )
+    context.record("note", 0, text=f"SFT samples: {len(rows)} used, {dropped} longer than {stage.max_length} tokens")
+    return Dataset.from_list(rows)
+
+
+def run_sft(context: StageContext) -> None:
+    """Train, writing metrics and checkpoints. On return the context's model holds the final weights."""
+    stage: SFTStage = context.stage
+    micro = stage.micro_batch_size or stage.batch_size
+    checkpoint = context.prepare_resume(updates_per_step=1)
+    if checkpoint is None:
+        context.evaluate(0, 0, "before")
+    on_gpu = context.job.device != "cpu"
+    args = SFTConfig(
+        output_dir=str(context.folder / "checkpoints"),
+        max_steps=stage.steps,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=stage.batch_size // micro,
+        learning_rate=stage.learning_rate,
+        lr_scheduler_type=stage.schedule,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        max_length=None,
+        # Packed or padding-free batches would let the recurrent state of one sample reach the next.
+        packing=False,
+        padding_free=False,
+        assistant_only_loss=True,
+        gradient_checkpointing=False,
+        logging_steps=1,
+        save_steps=stage.checkpoint_every,
+        save_total_limit=2,
+        seed=context.recipe.seed,
+        data_seed=context.recipe.seed,
+        report_to=context.recipe.report_to or "none",
+        use_cpu=not on_gpu,
+        bf16=on_gpu and context.recipe.precision != "fp32",
+        dataloader_pin_memory=on_gpu,
+        disable_tqdm=True,
+    )
+    clock = {"last": time.perf_counter(), "tokens": 0.0}
+
+    def make_row(logs: dict) -> dict:
+        now = time.perf_counter()
+        seconds, clock["last"] = now - clock["last"], now
+        tokens, clock["tokens"] = logs.get("num_tokens", 0.0) - clock["tokens"], logs.get("num_tokens", 0.0)
+        return {
+            "loss": logs["loss"],
+            "learning_rate": logs.get("learning_rate"),
+            "grad_norm": logs.get("grad_norm"),
+            "entropy": logs.get("entropy"),
+            "mean_token_accuracy": logs.get("mean_token_accuracy"),
+            "tokens_per_s": tokens / seconds if seconds > 0 else None,
+            "step_s": seconds,
+        }
+
+    trainer = SFTLearner(
+        model=context.model,
+        args=args,
+        train_dataset=sft_dataset(context),
+        processing_class=context.tokenizer,
+        callbacks=[RecordCallback(context, make_row)],
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

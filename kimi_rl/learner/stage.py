@@ -1,0 +1,215 @@
+"""What every stage shares: its model, tokenizer, problems, rollout pool, verifier, checkpoints and records."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from kimi_rl.dataset import load_problems
+from kimi_rl.errors import InputError
+from kimi_rl.evaluate import Evaluation, evaluate
+from kimi_rl.model.load_save import load_model, load_tokenizer, save_model
+from kimi_rl.model.naming import load_into, to_checkpoint
+from kimi_rl.recipe import Recipe, RLVRStage, SFTStage
+from kimi_rl.rewards import VerifierPool
+from kimi_rl.rollout.pool import RolloutPool, pool_settings
+from kimi_rl.run_dir import RunDir
+
+log = logging.getLogger(__name__)
+
+COMPLETE_MARK = "complete.json"
+
+
+@dataclass(frozen=True)
+class StageJob:
+    """One stage to run: which one, where, and from which model folder. `device` is "cpu" or "cuda"."""
+
+    recipe: Recipe
+    index: int
+    run_dir: str
+    start_model: str
+    device: str
+    threads: int
+    resume: bool
+
+
+class StageContext:
+    """Everything a stage needs around its trainer. Lives in the learner actor; closes its workers when done."""
+
+    def __init__(self, job: StageJob):
+        self.job = job
+        self.recipe = job.recipe
+        self.stage: SFTStage | RLVRStage = job.recipe.stages[job.index]
+        self.run_dir = RunDir(Path(job.run_dir))
+        self.folder = self.run_dir.stage_dir(job.index, self.stage.name)
+        self.model = load_model(job.start_model, dtype=torch.float32, device=job.device)
+        self.tokenizer = load_tokenizer(job.start_model)
+        self.problems = load_problems(self.recipe.data)
+        self.held_out_ids = [self.prompt_ids(row) for row in self.problems.held_out["prompt"]]
+        self.held_out_golds = list(self.problems.held_out["answer"])
+        reward = self.recipe.reward
+        self.verifier = VerifierPool(workers=reward.workers, deadline_s=reward.deadline_s)
+        self.policy_version_offset = 0
+        self.pool = RolloutPool(
+            **pool_settings(
+                self.stage.rollout,
+                model_folder=job.start_model,
+                max_model_len=self.longest_prompt() + self.longest_completion(),
+                seed=self.recipe.seed,
+                threads=job.threads,
+                device=job.device,
+            )
+        )
+
+    def longest_prompt(self) -> int:
+        rows = self.problems.train["prompt"]
+        sample = rows if len(rows) <= 2000 else rows[:2000]
+        return 16 + max(max(map(len, self.held_out_ids)), max(len(self.prompt_ids(p)) for p in sample))
+
+    def longest_completion(self) -> int:
+        return max(self.stage.rollout.max_tokens, self.stage.eval.max_tokens or 0)
+
+    def prompt_ids(self, messages: Sequence[dict]) -> list[int]:
+        return self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(token_ids, skip_special_tokens=True)
+
+    def verify(self, pairs: Sequence[tuple[str, str]]):
+        reward = self.recipe.reward
+        return self.verifier.verify_many(list(pairs), kind=reward.kind, extract=tuple(reward.extract))
+
+    # --- weights and evaluation -------------------------------------------------------------------------------
+
+    def sync(self, version: int) -> float:
+        """Bring the workers to `version` (the number of optimizer steps taken); returns the seconds it took."""
+        if self.pool.version == version:
+            return 0.0
+        start = time.perf_counter()
+        self.pool.update_weights(to_checkpoint(self.model), version)
+        return time.perf_counter() - start
+
+    def evaluate(self, step: int, version: int, when: str) -> Evaluation:
+        """Evaluate the current weights on the held-out problems, and record the figures."""
+        start = time.perf_counter()
+        self.sync(version)
+        figures, records = evaluate(
+            self.pool.generate,
+            self.verify,
+            self.held_out_ids,
+            self.held_out_golds,
+            self.decode,
+            self.stage.eval,
+            max_tokens=self.stage.rollout.max_tokens,
+            seed=derive_eval_seed(self.recipe.seed),
+        )
+        for record, question in zip(records, self.problems.held_out["question"], strict=False):
+            record["question"] = question
+        self.run_dir.write_rollouts(f"{self.stage.name}_eval_{when}", step, records)
+        self.record("eval", step, when=when, eval_s=time.perf_counter() - start, **figures.row())
+        return figures
+
+    def record(self, type_: str, step: int, **values: Any) -> None:
+        """Append one row to metrics.jsonl. Values that are not finite are left out."""
+        clean = {k: v for k, v in values.items() if not (isinstance(v, float) and not math.isfinite(v))}
+        self.run_dir.append_metrics(
+            {
+                "type": type_,
+                "stage": self.stage.name,
+                "kind": self.stage.kind,
+                "step": step,
+                "steps_total": self.stage.steps,
+                "time": time.time(),
+                **clean,
+            }
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------------------------
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written whole."""
+        found = [p.parent for p in self.folder.glob(f"checkpoints/checkpoint-*/{COMPLETE_MARK}")]
+        return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
+
+    def prepare_resume(self, updates_per_step: int) -> Path | None:
+        """Where to go on from. Drops what was recorded after that point, so that every step appears once."""
+        checkpoint = self.last_checkpoint() if self.job.resume else None
+        step = int(checkpoint.name.rsplit("-", 1)[1]) // updates_per_step if checkpoint else -1
+        self.run_dir.truncate_metrics(self.stage.name, step)
+        self.run_dir.truncate_rollouts(self.stage.name, step)
+        for folder in self.folder.glob("checkpoints/checkpoint-*"):
+            if not (folder / COMPLETE_MARK).exists():
+                shutil.rmtree(folder)
+        return checkpoint
+
+    def save_final(self) -> Path:
+        target = self.folder / "model"
+        save_model(self.model, self.tokenizer, target)
+        return target
+
+    def close(self) -> None:
+        self.pool.close()
+        self.verifier.close()
+
+
+def derive_eval_seed(seed: int) -> int:
+    from kimi_rl.seeds import derive_seed
+
+    return derive_seed(seed, "held-out")
+
+
+class RecordCallback(TrainerCallback):
+    """Writes metrics, marks whole checkpoints, and evaluates on schedule."""
+
+    def __init__(self, context: StageContext, make_row, updates_per_step: int = 1):
+        self._context = context
+        self._make_row = make_row
+        self._updates = updates_per_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:  # the closing summary of a training has no per-step loss
+            self._context.record("train", state.global_step // self._updates, **self._make_row(logs))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = self._context.stage.eval.every * self._updates
+        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+            self._context.evaluate(state.global_step // self._updates, state.global_step, "during")
+
+    def on_save(self, args, state, control, **kwargs):
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        mark = folder / COMPLETE_MARK
+        mark.write_text(json.dumps({"optimizer_steps": state.global_step, "policy_version": state.global_step}))
+
+
+class CheckpointNames:
+    """Trainer mixin: checkpoints hold the hub's tensor names, so they are read through our name mapping.
+
+    transformers' own `_load_from_checkpoint` matches raw module names, not strictly: with Kimi Linear's renamed
+    tensors it would silently leave weights untouched.
+    """
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        files = sorted(Path(resume_from_checkpoint).glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{resume_from_checkpoint}: no *.safetensors file in this checkpoint")
+        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        target = self.accelerator.unwrap_model(model if model is not None else self.model)
+        load_into(target, by_layer(weights))
+
+
+def by_layer(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+    """Sorted so that the tensors of a layer are adjacent, as `load_into` expects."""
+    return sorted(weights.items())

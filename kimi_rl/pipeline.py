@@ -1,0 +1,169 @@
+"""A whole run: check everything, then run the recipe's stages one after another, each in its own learner actor."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from kimi_rl.errors import InputError, RunError
+from kimi_rl.progress import ProgressView, follow
+from kimi_rl.recipe import Recipe
+from kimi_rl.recipe_load import dump_recipe
+from kimi_rl.report import write_report
+from kimi_rl.run_dir import RunDir, describe_environment
+
+
+def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None) -> dict[str, Any]:
+    """Run `recipe` into the run directory `out`; returns what `summary.json` holds.
+
+    Raises:
+        InputError: bad data, model or folder; nothing has been written.
+        RunError: the run could not go on; the run directory holds everything up to that point.
+    """
+    check_inputs(recipe)
+    run_dir = RunDir.create(out, dump_recipe(recipe), resume=resume)
+    state = run_dir.load_state()
+    done: list[dict[str, Any]] = state.get("stages", [])
+    start = time.time()
+    if len(done) < len(recipe.stages):
+        run_dir.write_environment(describe_environment())
+        _run_stages(recipe, run_dir, done, resume, view)
+    summary = {
+        "status": "complete",
+        "name": recipe.name,
+        "seed": recipe.seed,
+        "model": str(run_dir.path / "model"),
+        "seconds": sum(stage["seconds"] for stage in done),
+        "wall_seconds": time.time() - start,
+        "stages": done,
+    }
+    run_dir.write_summary(summary)
+    write_report(run_dir.path)
+    return summary
+
+
+def check_inputs(recipe: Recipe) -> None:
+    """Read the data and look at the model's folder, so that mistakes show before anything is written or loaded."""
+    from kimi_rl.dataset import load_problems
+    from kimi_rl.model.presets import build_config
+
+    if recipe.model.path is None:
+        build_config(recipe.model, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    else:
+        check_model_folder(recipe.model.path)
+    load_problems(recipe.data)
+
+
+def check_model_folder(path: str) -> None:
+    """A local model folder must hold a config.json; anything that is not a local path is taken for a hub id."""
+    folder = Path(path)
+    looks_local = folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not (folder / "config.json").is_file():
+        found = "no such folder" if not folder.exists() else "no config.json in it"
+        raise InputError(f"model.path: {path}: {found}; give a folder in Hugging Face layout or a hub id")
+
+
+def _run_stages(
+    recipe: Recipe, run_dir: RunDir, done: list[dict[str, Any]], resume: bool, view: ProgressView | None
+) -> None:
+    import ray
+
+    started_ray = not ray.is_initialized()
+    if started_ray:
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS"),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            namespace="kimi_rl",
+            runtime_env={"env_vars": _worker_environment()},
+        )
+    stop = threading.Event()
+    follower = None
+    if view is not None:
+        follower = threading.Thread(target=follow, args=(run_dir.path / "metrics.jsonl", view, stop), daemon=True)
+        follower.start()
+    try:
+        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+        start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
+        for index in range(len(done), len(recipe.stages)):
+            result = _run_stage(recipe, index, run_dir, start_model, device, resume)
+            start_model = result["model"]
+            done.append(result)
+            run_dir.save_state({"stages": done})
+        run_dir.publish_model(Path(start_model))
+    except Exception as error:
+        run_dir.write_summary({"status": "failed", "name": recipe.name, "error": str(error), "stages": done})
+        write_report(run_dir.path)
+        raise
+    finally:
+        stop.set()
+        if follower is not None:
+            follower.join(timeout=5)
+        if started_ray:
+            ray.shutdown()
+
+
+def _worker_environment() -> dict[str, str]:
+    """Ray's workers must import the same package as this process, from a checkout as from a wheel."""
+    import kimi_rl
+
+    root = str(Path(kimi_rl.__file__).resolve().parent.parent)
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+
+
+def _start_model(recipe: Recipe, run_dir: RunDir, view: ProgressView | None) -> str:
+    """The folder of the model that the first stage starts from: the recipe's, or a new one made from its seed."""
+    if recipe.model.path is not None:
+        return recipe.model.path
+    folder = run_dir.path / "stages" / "start" / "model"
+    if not (folder / "config.json").is_file():
+        if view is not None:
+            view.status("building the model")
+        from kimi_rl.dataset import load_problems
+        from kimi_rl.model.load_save import create_model, save_model
+        from kimi_rl.tokenizer import build_tokenizer
+
+        train_rows = load_problems(recipe.data).train
+        texts = [f"{q}\n{s}" for q, s in zip(train_rows["question"], train_rows["solution"], strict=True)]
+        tokenizer = build_tokenizer(recipe.tokenizer, texts)
+        save_model(create_model(recipe.model, tokenizer, recipe.seed), tokenizer, folder)
+    return str(folder)
+
+
+def _run_stage(
+    recipe: Recipe, index: int, run_dir: RunDir, start_model: str, device: str, resume: bool
+) -> dict[str, Any]:
+    import ray
+    from ray.exceptions import RayActorError, RayTaskError
+
+    from kimi_rl.learner.actor import Learner
+    from kimi_rl.learner.stage import StageJob
+
+    job = StageJob(
+        recipe=recipe,
+        index=index,
+        run_dir=str(run_dir.path),
+        start_model=start_model,
+        device=device,
+        threads=recipe.threads or os.cpu_count() or 1,
+        resume=resume,
+    )
+    learner = Learner.options(num_cpus=0, num_gpus=0.0 if device == "cpu" else 0.5).remote()
+    name = recipe.stages[index].name
+    try:
+        return ray.get(learner.run.remote(job))
+    except RayTaskError as error:
+        cause = error.cause if isinstance(error.cause, Exception) else error
+        if isinstance(cause, InputError | RunError):
+            raise cause from None
+        raise RunError(
+            f"stage {name} failed: {type(cause).__name__}: {cause}; go on with --resume once it is mended"
+        ) from error
+    except RayActorError as error:
+        raise RunError(f"stage {name}: the learner process died ({error}); go on with --resume") from error
+    finally:
+        ray.kill(learner)

@@ -1,0 +1,180 @@
+"""Commands that need no run: evaluate a model, generate from a file, judge answers. One process, no Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kimi_rl.errors import InputError
+
+ENGINES = ("auto", "transformers", "vllm")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file; a malformed line is named by file and number."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, row {number}: not valid JSON ({error.msg})") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{path}, row {number}: expected an object, found {type(row).__name__}")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows
+
+
+def _open(model: str, engine: str, *, longest: int, seed: int, policy_version: int = 0):
+    import torch
+
+    from kimi_rl.rollout.worker import build_engine
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    return build_engine(
+        engine,
+        model,
+        batch_size=128,
+        max_model_len=longest,
+        seed=seed,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+        engine_args={},
+        policy_version=policy_version,
+    )
+
+
+def _check(model: str, engine: str) -> None:
+    from kimi_rl.pipeline import check_model_folder
+
+    if engine not in ENGINES:
+        raise InputError(f"--engine: unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    check_model_folder(model)
+
+
+def evaluate_model(
+    model: str,
+    data: list[str],
+    *,
+    limit: int | None,
+    k: int,
+    temperature: float,
+    max_tokens: int,
+    engine: str,
+    seed: int,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and one record per problem (see `kimi_rl.evaluate`)."""
+    from kimi_rl.dataset import load_problems
+    from kimi_rl.evaluate import evaluate
+    from kimi_rl.model.load_save import load_tokenizer
+    from kimi_rl.recipe import EvalSection, RewardSection
+    from kimi_rl.recipe_load import parse_data_section
+    from kimi_rl.rewards import VerifierPool
+
+    _check(model, engine)
+    problems = load_problems(parse_data_section(data))
+    tokenizer = load_tokenizer(model)
+    rows = problems.held_out
+    prompts = [
+        tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True, return_dict=False)
+        for p in rows["prompt"]
+    ]
+    loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
+    reward = RewardSection()
+    with VerifierPool(workers=1, deadline_s=reward.deadline_s) as verifier:
+        figures, records = evaluate(
+            loaded.generate,
+            lambda pairs: verifier.verify_many(list(pairs), kind=reward.kind, extract=tuple(reward.extract)),
+            prompts,
+            list(rows["answer"]),
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            EvalSection(limit=limit, k=k, temperature=temperature),
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+    loaded.close()
+    for record, row_id, question in zip(records, rows["id"], rows["question"], strict=False):
+        record["id"], record["question"] = row_id, question
+    return {"model": model, "data": problems.name, "temperature": temperature, **figures.row()}, records
+
+
+def generate_from_file(
+    model: str, prompts: Path, *, engine: str, temperature: float, top_p: float, max_tokens: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    """One answer a row of `prompts`: prompt_ids, token_ids, logprobs, text, finish_reason."""
+    from kimi_rl.model.load_save import load_tokenizer
+    from kimi_rl.rollout.engine import Request, SamplingParams
+    from kimi_rl.seeds import derive_seed
+
+    _check(model, engine)
+    rows = read_json_lines(prompts)
+    for number, row in enumerate(rows, 1):
+        ids, text = row.get("prompt_ids"), row.get("prompt")
+        if isinstance(text, str) == (ids is not None):
+            raise InputError(f"{prompts}, row {number}: needs exactly one of `prompt` (text) and `prompt_ids`")
+        if ids is not None and not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
+            raise InputError(f"{prompts}, row {number}: `prompt_ids` must be a list of token ids, found {ids!r:.80}")
+    tokenizer = load_tokenizer(model)
+    vocabulary = len(tokenizer)
+    requests = []
+    for number, row in enumerate(rows):
+        ids = row.get("prompt_ids")
+        if ids is None:
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": row["prompt"]}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+            )
+        elif max(ids) >= vocabulary:
+            raise InputError(
+                f"{prompts}, row {number + 1}: token id {max(ids)} is outside the vocabulary of {vocabulary}"
+            )
+        requests.append(Request(list(ids), derive_seed(seed, "generate", number)))
+    longest = max(len(r.prompt_ids) for r in requests) + max_tokens + 1
+    loaded = _open(model, engine, longest=longest, seed=seed)
+    completions = loaded.generate(requests, SamplingParams(max_tokens, temperature, top_p))
+    loaded.close()
+    for request, completion in zip(requests, completions, strict=True):
+        yield {
+            "prompt_ids": list(request.prompt_ids),
+            "token_ids": completion.token_ids,
+            "logprobs": completion.logprobs,
+            "text": tokenizer.decode(completion.token_ids, skip_special_tokens=True),
+            "finish_reason": completion.finish_reason,
+        }
+
+
+def verify_cases(
+    *, gold: str | None, answer: str | None, completion: str | None, cases: Path | None, kind: str
+) -> list[dict[str, Any]]:
+    """Verdicts as rows with value, status, parsed and reason."""
+    from kimi_rl.rewards import VerifierPool
+
+    if kind not in ("math", "exact"):
+        raise InputError(f"--kind: unknown kind {kind!r}; known: math, exact")
+    if cases is not None:
+        rows = read_json_lines(cases)
+        where = [f"{cases}, row {i}" for i in range(1, len(rows) + 1)]
+    else:
+        given = {"gold": gold, "answer": answer, "completion": completion}
+        rows, where = [{k: v for k, v in given.items() if v is not None}], ["verify"]
+    pairs = []
+    for place, row in zip(where, rows, strict=True):
+        if not isinstance(row.get("gold"), str):
+            raise InputError(f"{place}: `gold` (text) is missing")
+        if isinstance(row.get("completion"), str) == isinstance(row.get("answer"), str):
+            raise InputError(f"{place}: needs exactly one of `completion` and `answer` (text)")
+        pairs.append((row["completion"] if "completion" in row else f"\\boxed{{{row['answer']}}}", row["gold"]))
+    with VerifierPool(workers=1) as pool:
+        verdicts = pool.verify_many(pairs, kind=kind, extract=("boxed", "hash", "answer"))
+    return [
+        {"value": v.value, "status": v.status, "parsed": v.parsed, "reason": v.reason} for v in verdicts
+    ]
