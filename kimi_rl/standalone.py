@@ -75,11 +75,12 @@ def evaluate_model(
     from kimi_rl.evaluate import evaluate
     from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.recipe import EvalSection, RewardSection
-    from kimi_rl.recipe_load import parse_data_section
+    from kimi_rl.recipe_load import parse_recipe
     from kimi_rl.rewards import VerifierPool
 
     _check(model, engine)
-    problems = load_problems(parse_data_section(data))
+    section = parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", data, where="eval").data
+    problems = load_problems(section)
     tokenizer = load_tokenizer(model)
     rows = problems.held_out
     prompts = [
