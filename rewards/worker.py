@@ -1,0 +1,188 @@
+"""A verifier worker: `python -m kimi_rl.rewards.worker MEMORY_MB`, started by `pool.py`.
+
+Two processes. The supervisor imports the heavy modules once, has one thread, and never computes; it forks the
+executor, which computes under a memory limit and nothing else. When a verdict passes its deadline the supervisor
+kills the executor and forks another: milliseconds, where a fresh start would import sympy again. Both are ordinary
+programs started by `exec`, so the parent may have any number of threads, and no signal handler is involved.
+
+Protocol: one JSON object a line. The supervisor first writes {"ready": true}; then for each request
+{"kind", "answer", "gold", "deadline_s"} one reply {"value", "status", "reason"}.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import sys
+import time
+
+from kimi_rl.rewards.kinds import load_function
+from kimi_rl.rewards.verdict import Verdict
+
+# sympy's caches grow with every new expression; a fresh fork drops them.
+_REQUESTS_PER_EXECUTOR = 2_000
+_PR_SET_PDEATHSIG = 1
+_POLL_S = 5.0
+
+
+class LineReader:
+    """Lines from a raw file descriptor, with a deadline."""
+
+    def __init__(self, fd: int):
+        self.fd, self._buffer = fd, bytearray()
+
+    def line(self, timeout_s: float) -> bytes | None:
+        """The next line; b"" at the end of the stream; None when `timeout_s` passes first."""
+        end = time.monotonic() + timeout_s
+        while (cut := self._buffer.find(b"\n")) < 0:
+            if not select.select([self.fd], [], [], max(0.0, end - time.monotonic()))[0]:
+                return None
+            chunk = os.read(self.fd, 1 << 16)
+            if not chunk:
+                return b""
+            self._buffer += chunk
+        line = bytes(self._buffer[: cut + 1])
+        del self._buffer[: cut + 1]
+        return line
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write all of `data`; os.write may take part of it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def run_one(kind: str, answer: str, gold: str) -> dict:
+    """Compute one verdict in this process. Every exception becomes a status."""
+    try:
+        if kind == "math":
+            from kimi_rl.rewards.math_equal import math_equal
+
+            status, reason = math_equal(answer, gold)
+            verdict = Verdict.of(status, None, reason)
+        else:
+            verdict = _own_verdict(load_function(kind)(answer, gold))
+    except MemoryError:
+        verdict = Verdict.of("crashed", None, "the comparison ran out of the verifier's memory limit")
+    except Exception as error:  # noqa: BLE001 - whatever a comparison raises must become a verdict
+        verdict = Verdict.of("crashed", None, f"{type(error).__name__}: {str(error)[:200]}".splitlines()[0])
+    return {"value": verdict.value, "status": verdict.status, "reason": verdict.reason}
+
+
+def _own_verdict(result: object) -> Verdict:
+    if isinstance(result, Verdict):
+        return result
+    if result is None:
+        return Verdict.of("unparseable_gold", None, "the reward function returned None")
+    value = float(result)  # type: ignore[arg-type]
+    return Verdict(value, "correct" if value > 0 else "wrong", None, f"the reward function returned {value:g}")
+
+
+def _execute(requests: int, replies: int, memory_mb: int) -> None:
+    """The executor: answer requests until the supervisor closes the pipe."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    import resource
+
+    limit = memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    reader = LineReader(requests)
+    while line := reader.line(float(2**20)):
+        request = json.loads(line)
+        reply = run_one(request["kind"], request["answer"], request["gold"])
+        write_all(replies, json.dumps(reply).encode() + b"\n")
+
+
+class Executor:
+    """The forked process that computes."""
+
+    def __init__(self, memory_mb: int):
+        request_read, self._requests = os.pipe()
+        replies, reply_write = os.pipe()
+        self.served = 0
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                os.close(self._requests)
+                os.close(replies)
+                _execute(request_read, reply_write, memory_mb)
+            finally:
+                os._exit(0)
+        os.close(request_read)
+        os.close(reply_write)
+        self._replies = LineReader(replies)
+
+    def ask(self, line: bytes, deadline_s: float) -> bytes | None:
+        """The reply line; b"" if the executor died; None if the deadline passed. Kill it in both cases."""
+        self.served += 1
+        try:
+            write_all(self._requests, line)
+        except BrokenPipeError:
+            return b""
+        return self._replies.line(deadline_s)
+
+    def kill(self) -> int:
+        """Kill and reap; returns the wait status."""
+        os.kill(self.pid, signal.SIGKILL)
+        status = os.waitpid(self.pid, 0)[1]
+        os.close(self._requests)
+        os.close(self._replies.fd)
+        return status
+
+
+def main() -> None:
+    memory_mb = int(sys.argv[1])
+    # Ctrl-C reaches the whole terminal group; the parent decides when workers end, by closing their input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Whatever a user's function prints must not end up in the protocol.
+    out = os.dup(1)
+    os.dup2(2, 1)
+    import kimi_rl.rewards.math_equal  # noqa: F401 - imported once, before the fork
+
+    parent = os.getppid()
+    reader = LineReader(0)
+    executor: Executor | None = None
+    write_all(out, b'{"ready": true}\n')
+    while True:
+        line = reader.line(_POLL_S)
+        if line is None:
+            # The input stays open if some other child of a killed parent inherited it; then only this tells.
+            if os.getppid() != parent:
+                break
+            continue
+        if line == b"":
+            break
+        if executor is not None and executor.served >= _REQUESTS_PER_EXECUTOR:
+            executor.kill()
+            executor = None
+        executor = executor or Executor(memory_mb)
+        deadline_s = float(json.loads(line)["deadline_s"])
+        reply = executor.ask(line, deadline_s)
+        if not reply:
+            died = executor.kill()
+            executor = None
+            verdict = (
+                Verdict.of("timeout", None, f"no verdict within {deadline_s:g} s")
+                if reply is None
+                else Verdict.of("crashed", None, f"the verifier process died ({_death(died)})")
+            )
+            out_reply = {"value": verdict.value, "status": verdict.status, "reason": verdict.reason}
+            reply = json.dumps(out_reply).encode() + b"\n"
+        write_all(out, reply)
+    if executor is not None:
+        executor.kill()
+
+
+def _death(status: int) -> str:
+    if os.WIFSIGNALED(status):
+        return f"signal {os.WTERMSIG(status)}"
+    return f"exit code {os.WEXITSTATUS(status)}"
+
+
+if __name__ == "__main__":
+    main()
