@@ -1,0 +1,218 @@
+"""The model: transformers' Kimi Linear with the changes that training needs.
+
+`KimiLinearForCausalLM` has the parameters, names and logits of `transformers.KimiLinearForCausalLM`, and adds
+
+- KDA through `kimi_rl.kernels`, chosen by the tensor's device (transformers calls Triton on CPU tensors when fla is
+  installed), with a gate whose gradient has no NaN;
+- packed batches: `cu_seqlens` separates sequences in KDA, in the short convolution and in MLA. transformers takes
+  packed input and lets the state run on from one sequence into the next;
+- `A_log`, `dt_bias`, the convolution and the router's bias stay in float32 whatever dtype the rest has, as in vLLM.
+
+Left padding works everywhere; right padding everywhere except for decoding on from a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+from transformers.models.kimi_linear import modeling_kimi_linear as hf
+
+from kimi_rl.kernels.dispatch import sequence_bounds
+from kimi_rl.kernels.kda_chunk import kda_chunk
+from kimi_rl.kernels.kda_decode import kda_decode
+from kimi_rl.kernels.kda_gate import kda_gate
+from kimi_rl.kernels.short_conv import short_conv
+
+# Parameters and buffers kept in float32, by the last parts of their names.
+KEPT_IN_FP32 = ("A_log", "dt_bias", "conv1d.weight", "e_score_correction_bias")
+
+
+class ForgetGate(hf.KimiLinearForgetGate):
+    """Same parameters as transformers' gate. Returns g [B, T, H, K], the log decay, in float32."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return kda_gate(self.f_b_proj(self.f_a_proj(hidden_states)), self.A_log, self.dt_bias)
+
+
+class DeltaAttention(hf.KimiLinearDeltaAttention):
+    """Same parameters as transformers' KDA layer."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params=None,
+        attention_mask: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """hidden_states [B, T, D] -> [B, T, D]; attention_mask [B, T] with 0 at padding, or None."""
+        hidden_states = hf.apply_mask_to_padding_states(hidden_states, attention_mask)
+        batch, length = hidden_states.shape[:2]
+        heads = (batch, length, self.num_heads, self.head_dim)
+
+        continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
+        conv_state = recurrent_state = None
+        if continues:
+            layer = cache_params.layers[self.layer_idx]
+            # transformers caches W inputs; the convolution looks back at W - 1.
+            conv_state = layer.conv_states[0][..., -(self.conv_kernel_size - 1) :]
+            recurrent_state = layer.recurrent_states[0]
+
+        qkv = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1)
+        mixed, _ = short_conv(
+            qkv, self.conv1d.weight.squeeze(1), initial_state=conv_state, cu_seqlens=cu_seqlens, activation="silu"
+        )
+        if cache_params is not None:
+            cache_params.update_conv_state(
+                qkv.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+            )
+        q, k, v = (x.view(heads) for x in mixed.split(self.qkv_dim, dim=-1))
+        g = self.forget_gate(hidden_states)
+        beta = self.b_proj(hidden_states).float().sigmoid()
+
+        if continues and length == 1:
+            o, state = kda_decode(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], recurrent_state)
+            o = o.unsqueeze(1)
+        else:
+            o, state = kda_chunk(
+                q,
+                k,
+                v,
+                g,
+                beta,
+                initial_state=recurrent_state,
+                output_final_state=cache_params is not None,
+                cu_seqlens=cu_seqlens,
+            )
+        if cache_params is not None:
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(heads)
+        return self.o_proj(self.o_norm(o, gate).reshape(batch, length, -1))
+
+
+class LatentAttention(hf.KimiLinearAttention):
+    """transformers' MLA layer; packed input is unpacked for the attention itself, so no token sees another sequence."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values=None,
+        cu_seqlens: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if cu_seqlens is None:
+            return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
+        batch, length = hidden_states.shape[:2]
+        bounds = sequence_bounds(cu_seqlens, batch, length)
+        if self.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q = q.view(length, self.num_heads, self.qk_head_dim)
+        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(
+            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
+        )
+        k, v = self.expand_kv(self.kv_a_layernorm(latent).unsqueeze(1), shared_key.unsqueeze(1))  # [1, H, T, .]
+        # [T, H, .] -> [N, H, L, .], padded on the right: under a causal mask no real token sees the padding.
+        q, k, v = (_unpack(x, bounds).transpose(1, 2) for x in (q, k[0].transpose(0, 1), v[0].transpose(0, 1)))
+        o = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=self.scaling, dropout_p=self.attention_dropout if self.training else 0.0
+        )
+        o = _pack(o.transpose(1, 2), bounds).reshape(1, length, -1)
+        return self.o_proj(o), None
+
+
+def _unpack(x: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """[T, ...] -> [N, longest, ...], zeros after each sequence's end."""
+    sequences = [x[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+
+
+def _pack(x: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """[N, longest, ...] -> [T, ...]."""
+    return torch.cat([x[n, : b - a] for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))])
+
+
+_REPLACEMENTS = {
+    hf.KimiLinearForgetGate: ForgetGate,
+    hf.KimiLinearDeltaAttention: DeltaAttention,
+    hf.KimiLinearAttention: LatentAttention,
+}
+
+
+class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
+    """Kimi Linear for causal language modelling. See the top of this file for what differs from transformers."""
+
+    # Honoured by `from_pretrained(dtype=torch.bfloat16)`; `_apply` below does the same for `model.to(dtype)`.
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "conv1d", "e_score_correction_bias"}
+
+    def __init__(self, config):
+        super().__init__(config)
+        for module in self.modules():
+            # The subclasses add no parameter and no attribute, only another `forward`.
+            module.__class__ = _REPLACEMENTS.get(type(module), type(module))
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        cu_seq_lens_k: torch.Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """As transformers' forward, plus packed input.
+
+        `cu_seqlens` int [N+1] gives the borders of N sequences packed into a batch of one, from 0 to T. transformers'
+        padding-free collators spell it `cu_seq_lens_q`; what else they pass is not needed. With `labels`, put -100
+        on the first token of every sequence: the loss shifts across borders.
+        A cache is created by default only when no gradient is recorded: training has no use for one.
+        """
+        cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
+        if cu_seqlens is not None:
+            if past_key_values is not None or use_cache:
+                raise ValueError("packed input (cu_seqlens) cannot be combined with a cache; pass use_cache=False")
+            if attention_mask is not None:
+                raise ValueError("packed input (cu_seqlens) has no padding; pass no attention_mask")
+            # A dictionary is taken as is; the layers separate the sequences themselves.
+            attention_mask = {"full_attention": None, "linear_attention": None}
+            use_cache = False
+            kwargs["cu_seqlens"] = cu_seqlens
+        elif position_ids is not None and attention_mask is None and position_ids.shape[-1] > 1:
+            if bool((position_ids.diff(dim=-1) < 0).any()):
+                raise ValueError("position_ids restart inside a row: pass cu_seqlens, or the sequences would mix")
+        if use_cache is None and past_key_values is None and torch.is_grad_enabled():
+            use_cache = False
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """`model.to(dtype)`, `.bfloat16()`, ...: keep float32 what must stay float32."""
+        kept = {name: tensor.data for name, tensor in fp32_tensors(self)}
+        super()._apply(fn, recurse)
+        for name, tensor in fp32_tensors(self):
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                tensor.data = kept[name].to(device=tensor.device, dtype=torch.float32)
+        return self
+
+
+def fp32_tensors(model: torch.nn.Module):
+    """(name, tensor) of every parameter and buffer that stays in float32."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith(KEPT_IN_FP32):
+            yield name, tensor
