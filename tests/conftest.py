@@ -1,0 +1,55 @@
+import os
+
+import pytest
+
+# Small CPU work is faster and steadier without oversubscribed threads.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_collection_modifyitems(items):
+    """The gpu folder needs a card; everywhere else tests must run."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "tests/gpu/" in str(item.path).replace(os.sep, "/"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA card"))
+
+
+@pytest.fixture(scope="session")
+def ray_local():
+    """One local Ray for the tests that use actors in this process."""
+    import ray
+
+    from kimi_rl.pipeline import _worker_environment
+
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        runtime_env={"env_vars": _worker_environment()},
+    )
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """Folders of tiny random models in hub layout: {(arch, mlp): path}."""
+    from kimi_rl.model.load_save import create_model, save_model
+    from kimi_rl.recipe import ModelSection, TokenizerSection
+    from kimi_rl.tokenizer import build_tokenizer
+
+    root = tmp_path_factory.mktemp("models")
+    tokenizer = build_tokenizer(TokenizerSection(), [])
+    folders = {}
+    for arch, mlp in (("hybrid", "dense"), ("mla", "dense"), ("hybrid", "moe")):
+        model = create_model(ModelSection(arch=arch, mlp=mlp, size="tiny"), tokenizer, seed=7)
+        folder = root / f"{arch}_{mlp}"
+        save_model(model, tokenizer, folder)
+        folders[arch, mlp] = folder
+    return folders

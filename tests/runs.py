@@ -1,0 +1,103 @@
+"""Helpers for tests that start whole runs as a user would: the command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = {
+    "name": "small",
+    "model": {"arch": "hybrid", "size": "tiny"},
+    "data": {"task": "arithmetic", "params": {"level": 1}, "train_size": 400, "held_out_size": 16},
+    "stages": [
+        {"kind": "sft", "steps": 6, "batch_size": 8, "checkpoint_every": 3, "max_length": 128,
+         "rollout": {"engine": "transformers", "max_tokens": 16}},
+        {"kind": "rlvr", "steps": 6, "prompts_per_step": 4, "group_size": 4, "learning_rate": 1.0e-3,
+         "checkpoint_every": 2, "scale_rewards": "none",
+         "rollout": {"engine": "transformers", "max_tokens": 16}},
+    ],
+}  # fmt: skip
+
+
+def write_recipe(folder: Path, **changes) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, **changes}))
+    return path
+
+
+def command(*args) -> list[str]:
+    return [sys.executable, "-m", "kimi_rl.cli", *map(str, args)]
+
+
+def environment() -> dict[str, str]:
+    # Rewards that never vary would leave nothing to compare, so tests may count any answer that has one as right.
+    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+
+
+def start(*args) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(*args),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def run(*args, timeout=400) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*args), env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def metrics(out: Path) -> list[dict]:
+    path = out / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the last line, still being written
+    return rows
+
+
+def train_steps(out: Path, stage: str) -> list[int]:
+    return [row["step"] for row in metrics(out) if row["type"] == "train" and row["stage"] == stage]
+
+
+def wait_for(condition, timeout=240, process=None):
+    """Poll until `condition()` is truthy and return it; fail with the process's output if it ends before."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        if process is not None and process.poll() is not None:
+            raise AssertionError(f"ended with {process.returncode} before the condition held:\n{process.stdout.read()}")
+        time.sleep(0.05)
+    raise AssertionError("the condition did not come to hold in time")
+
+
+def processes_named(name: str, run_dir: Path) -> list[psutil.Process]:
+    """Ray actors of this user whose title holds `name` and whose session works on `run_dir` (by open children)."""
+    return [p for p in psutil.process_iter(["cmdline"]) if any(name in part for part in p.info["cmdline"] or [])]
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """`kill -9` of the whole process group, and wait until the actors it leaves are gone too."""
+    family = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    gone, alive = psutil.wait_procs(family, timeout=60)
+    assert not alive, f"left behind: {alive}"
