@@ -39,9 +39,8 @@ class _Loader(yaml.SafeLoader):
                     None, None, f"key {key!r} is not text: put it in quotes", key_node.start_mark
                 )
             if key in first_line:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key `{key}` stands twice, first in line {first_line[key]}", key_node.start_mark
-                )
+                problem = f"key `{key}` stands twice, first in line {first_line[key]}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             first_line[key] = key_node.start_mark.line + 1
         return super().construct_mapping(node, deep)
 
@@ -65,12 +64,13 @@ for _class in (_Loader, _Dumper):
 def parse_yaml(text: str, where: str) -> Any:
     """Parse one YAML document. `where` names it in errors. Raises `InputError` with the line and column."""
     try:
-        # Copying through `_unshare` gives every alias its own value: an override of one must not change the others.
+        # `_unshare` gives every alias its own value: an override of one must not change the others.
         return _unshare(yaml.load(text, Loader=_Loader))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        raise InputError(f"{where}{place}: {_one_line(error.problem or error.context or 'not YAML')}") from None
+        problem = error.problem or error.context or "not YAML"
+        raise InputError(f"{where}{place}: {_one_line(problem)}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not YAML: {_one_line(error)}") from None
     except RecursionError:
@@ -90,10 +90,10 @@ def _unshare(value: Any) -> Any:
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `dotted.key=value` overrides in order, check every rule.
 
-    A value is parsed as YAML. `stages.0.steps=10` and `stages.rlvr.steps=10` (by stage name) both work. An override
-    of `data.path` replaces a `data.task` (and its `params`) and the other way round; one of `model.path` replaces
-    the from-scratch fields of `model`, and one of `model.size`, `arch`, `mlp` or `layer_types` replaces a
-    `model.path`.
+    A value is parsed as YAML. `stages.0.steps=10` and `stages.rlvr.steps=10` (by stage name) both work. An
+    override of `data.path` replaces a `data.task` (and its `params`) and the other way round; one of `model.path`
+    replaces the from-scratch fields of `model`, and one of `model.size`, `arch`, `mlp` or `layer_types` replaces
+    a `model.path`.
 
     Raises:
         InputError: one line; several problems are joined by "; ", five at most.
@@ -102,7 +102,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"recipe {path}: no such file; check the path (recipes/ holds the ones that ship)") from None
+        raise InputError(f"recipe {path}: no such file; recipes/ holds the ones that ship") from None
     except UnicodeDecodeError as error:
         raise InputError(f"recipe {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
@@ -113,10 +113,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """`load_recipe` for text that is already in memory; `where` opens every error message."""
     tree = parse_yaml(text, where)
-    if tree is None:
-        raise InputError(f"{where}: empty; expected a mapping with at least `data` and `stages`")
     if not isinstance(tree, dict):
-        raise InputError(f"{where}: found {_show(tree)}, expected a mapping with at least `data` and `stages`")
+        found = "empty" if tree is None else f"found {_show(tree)}"
+        raise InputError(f"{where}: {found}, expected a mapping with at least `data` and `stages`")
     apply_overrides(tree, overrides)
     try:
         return Recipe.model_validate(tree)
@@ -131,11 +130,11 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-# ---------------------------------------------------------------------------------------------------- overrides
+# ------------------------------------------------------------------------------------------------- overrides
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `dotted.key=value` overrides to a parsed recipe, in place. Raises `InputError` for an unknown key."""
+    """Apply `dotted.key=value` overrides to a parsed recipe, in place. An unknown key raises `InputError`."""
     pairs = [_split(override) for override in overrides]
     _switch_sources(tree, pairs)
     for key, text in pairs:
@@ -151,8 +150,9 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _switch_sources(tree: dict[str, Any], pairs: list[tuple[str, str]]) -> None:
-    """Clear what the overridden source replaces, so that `data.path=X` works on a recipe with a `data.task`."""
-    given = {key: _value(text, str, key) for key, text in pairs if key in ("data.task", "data.path", "model.path")}
+    """Clear what an overridden source replaces, so that `data.path=X` works on a recipe with a `data.task`."""
+    sources = ("data.task", "data.path", "model.path")
+    given = {key: _value(text, str, key) for key, text in pairs if key in sources}
     keys = {key for key, _ in pairs}
     data, model = tree.get("data"), tree.get("model")
     if isinstance(data, dict):
@@ -223,9 +223,10 @@ def _index(node: list[Any], part: str, done: str, where: str) -> int:
         if names.count(part) == 1:
             return names.index(part)
         if part in names:
-            raise InputError(f"{where}: {names.count(part)} stages are named {part!r}; use the number, from 0")
+            count = names.count(part)
+            raise InputError(f"{where}: {count} stages are named {part!r}; use the number, from 0")
         raise InputError(f"{where}: no stage {part!r}{_nearest(part, names, 'stages', 'stages')}")
-    raise InputError(f"{where}: `{done}` is a list; expected a number from 0 to {len(node) - 1}, found {part!r}")
+    raise InputError(f"{where}: `{done}` is a list of {len(node)}; expected a number from 0, found {part!r}")
 
 
 def _stage_class(stage: Any) -> Any:
@@ -235,7 +236,7 @@ def _stage_class(stage: Any) -> Any:
 
 
 def _value(text: str, kind: Any, key: str) -> Any:
-    """An override's value. Where the field is text, what YAML reads as something else is taken as it stands."""
+    """An override's value. For a field of text, what YAML reads as something else is taken as it stands."""
     if _strip(kind) is not str:
         return parse_yaml(text, f"override {key!r}")
     try:
@@ -268,7 +269,7 @@ def _container(kind: Any) -> Any:
     return dict if isinstance(kind, tuple) or _is_model(kind) or get_origin(kind) is dict else None
 
 
-# ------------------------------------------------------------------------------------------------------- errors
+# ---------------------------------------------------------------------------------------------------- errors
 
 _EXPECTED = {
     "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",

@@ -87,7 +87,9 @@ def test_unknown_keys_name_the_nearest_one_without_the_union_tag():
     line = message(text="data: {task: a}\nstages: [{kind: rlvr, steps: 2, group_sise: 4}]\nsedd: 1")
     assert "unknown key `stages.0.group_sise`, did you mean `stages.0.group_size`?" in line
     assert "unknown key `sedd`, did you mean `seed`?" in line
-    assert "known keys: task, path" in message(text="data: {task: a, zzz: 1}\nstages: [{kind: sft, steps: 2}]")
+    assert "(known keys: task, path" in message(
+        text="data: {task: a, zzz: 1}\nstages: [{kind: sft, steps: 2}]"
+    )
 
 
 def test_at_most_five_errors_and_a_count_of_the_rest():
@@ -107,7 +109,7 @@ def test_at_most_five_errors_and_a_count_of_the_rest():
         ("data: {task: a, task: b}", "line 1, column 17: key `task` stands twice"),
         ("a: [1", "line 1"),
         ("a: b: c", "line 1, column 5"),
-        ("", "empty; expected a mapping"),
+        ("", "recipe: empty, expected a mapping"),
         ("- 1", "found a list of 1, expected a mapping"),
         ("1: x", "key 1 is not text: put it in quotes"),
         ("a: &x [*x]", "an anchor that contains itself"),
