@@ -1,10 +1,10 @@
 """Small tokenizers for models built from scratch: one token a byte, or byte-level BPE trained on the data.
 
-Both are lossless on any Unicode text, speak Kimi's turn format and save with `save_pretrained` (the chat template
-goes to `chat_template.jinja` beside the weights, which transformers, vLLM and lm-eval read).
+Both are lossless on any Unicode text, speak Kimi's turn format and save with `save_pretrained` (the chat
+template goes to `chat_template.jinja` beside the weights, which transformers, vLLM and lm-eval read).
 
-The special tokens carry the names of Kimi Linear's own tokenizer. As in every chat tokenizer, their text is read as
-the token wherever it stands, so a question that spells `<|im_end|>` ends the turn.
+The special tokens carry the names of Kimi Linear's own tokenizer. As in every chat tokenizer, their text is
+read as the token wherever it stands, so a question that spells `<|im_end|>` ends the turn.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SPECIAL_TOKENS = (
     "<|im_middle|>",
 )
 
-# One turn: <|im_ROLE|>ROLE<|im_middle|>TEXT<|im_end|>, no newline anywhere. `generation` marks what the model has to
-# say, so that `apply_chat_template(..., return_assistant_tokens_mask=True)` gives the loss mask of SFT; the mark
-# takes in <|im_end|>, or the model would never learn to stop. The role words stay ordinary text: as tokens of their
-# own they would change how "user" inside a question is read.
+# One turn: <|im_ROLE|>ROLE<|im_middle|>TEXT<|im_end|>, no newline anywhere. `generation` marks what the model
+# has to say, so that `apply_chat_template(..., return_assistant_tokens_mask=True)` gives the loss mask of
+# SFT; the mark takes in <|im_end|>, or the model would never learn to stop. The role words stay ordinary
+# text: as tokens of their own they would change how "user" inside a question is read.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
   {%- if message['role'] not in ['system', 'user', 'assistant'] -%}
@@ -54,14 +54,14 @@ def build_tokenizer(section: TokenizerSection, texts: Iterable[str] = ()) -> Pre
     """Tokenizer of a from-scratch model.
 
     `bytes`: ids 0..255 are the byte values, the special tokens follow (264 in all); `texts` is not read.
-    `bpe`: the same 256 bytes plus merges learnt from `texts`, at most `section.vocab_size` tokens with the special
-    ones (fewer where the texts hold too little to merge). Digits are split one by one, so every number is read digit
-    by digit. Raises InputError where `vocab_size` cannot hold the bytes and the special tokens, or `texts` is empty.
+    `bpe`: the same 256 bytes plus merges learnt from `texts`, at most `section.vocab_size` tokens with the
+    special ones (fewer where the texts hold too little to merge). Digits are split one by one, so every number
+    is read digit by digit. Raises InputError where `vocab_size` cannot hold the bytes and the special tokens, or
+    `texts` is empty.
     """
-    tokenizer = _bytes() if section.kind == "bytes" else _bpe(section.vocab_size, texts)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
+    tokenizer = _bytes() if section.kind == "bytes" else _bpe(section.vocab_size, texts) tokenizer.decoder =
+    decoders.ByteLevel() tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for
+    token in SPECIAL_TOKENS]) return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="[BOS]",
         eos_token="<|im_end|>",
@@ -74,7 +74,7 @@ def build_tokenizer(section: TokenizerSection, texts: Iterable[str] = ()) -> Pre
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 characters that stand for bytes in byte-level tokenizers (GPT-2's table), in byte order."""
+    """The 256 characters that stand for bytes in byte-level tokenizers (GPT-2's table), by byte."""
     kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # printable Latin-1: stand for themselves
     moved = [byte for byte in range(256) if byte not in kept]
     return [chr(byte) if byte in kept else chr(0x100 + moved.index(byte)) for byte in range(256)]

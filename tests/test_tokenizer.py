@@ -9,7 +9,10 @@ from kimi_rl.errors import InputError
 from kimi_rl.recipe import TokenizerSection
 from kimi_rl.tokenizer import SPECIAL_TOKENS, build_tokenizer
 
-TEXTS = ["Natalia sold 48/2 = 24 clips in May.", "She has 12,345 clips altogether; the user has none. #### 72"] * 20
+TEXTS = [
+    "Natalia sold 48/2 = 24 clips in May.",
+    "She has 12,345 clips altogether; the user has none. #### 72",
+] * 20
 AWKWARD = [
     "",
     " leading and trailing  ",
@@ -60,7 +63,11 @@ def test_bpe_merges_words_but_no_digits():
 
 
 def test_special_tokens(tokenizer):
-    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "[PAD]" and tokenizer.bos_token == "[BOS]"
+    assert (
+        tokenizer.eos_token == "<|im_end|>"
+        and tokenizer.pad_token == "[PAD]"
+        and tokenizer.bos_token == "[BOS]"
+    )
     for token in SPECIAL_TOKENS:
         assert tokenizer.encode(token) == [tokenizer.convert_tokens_to_ids(token)]
         assert tokenizer.decode(tokenizer.encode(token), skip_special_tokens=True) == ""
