@@ -55,13 +55,16 @@ def build_tokenizer(section: TokenizerSection, texts: Iterable[str] = ()) -> Pre
 
     `bytes`: ids 0..255 are the byte values, the special tokens follow (264 in all); `texts` is not read.
     `bpe`: the same 256 bytes plus merges learnt from `texts`, at most `section.vocab_size` tokens with the
-    special ones (fewer where the texts hold too little to merge). Digits are split one by one, so every number
-    is read digit by digit. Raises InputError where `vocab_size` cannot hold the bytes and the special tokens, or
-    `texts` is empty.
+    special ones (fewer where the texts hold too little to merge). Digits are split one by one, so every
+    number is read digit by digit. Raises InputError where `vocab_size` cannot hold the bytes and the special
+    tokens, or `texts` is empty.
     """
-    tokenizer = _bytes() if section.kind == "bytes" else _bpe(section.vocab_size, texts) tokenizer.decoder =
-    decoders.ByteLevel() tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for
-    token in SPECIAL_TOKENS]) return PreTrainedTokenizerFast(
+    tokenizer = _bytes() if section.kind == "bytes" else _bpe(section.vocab_size, texts)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS]
+    )
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="[BOS]",
         eos_token="<|im_end|>",
@@ -74,8 +77,8 @@ def build_tokenizer(section: TokenizerSection, texts: Iterable[str] = ()) -> Pre
 
 
 def _byte_alphabet() -> list[str]:
-    """The 256 characters that stand for bytes in byte-level tokenizers (GPT-2's table), by byte."""
-    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # printable Latin-1: stand for themselves
+    """The 256 characters that stand for bytes in byte-level tokenizers (GPT-2's table), in byte order."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]  # printable: stand for themselves
     moved = [byte for byte in range(256) if byte not in kept]
     return [chr(byte) if byte in kept else chr(0x100 + moved.index(byte)) for byte in range(256)]
 

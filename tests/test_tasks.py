@@ -181,7 +181,7 @@ def test_bad_parameters(name, values, message):
 
 
 def test_unknown_task_lists_the_known_ones():
-    message = r"unknown task 'arithmatic'; did you mean 'arithmetic'\? \(known: arithmetic, palindrome, mqar, "
+    message = r"unknown task 'arithmatic'; did you mean 'arithmetic'\? \(known: arithmetic, palindrome, "
     with pytest.raises(InputError, match=message):
         get_task("arithmatic")
 
