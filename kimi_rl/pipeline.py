@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from kimi_rl.progress import ProgressView, follow
 from kimi_rl.recipe import Recipe
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
-from kimi_rl.run_dir import RunDir, describe_environment
+from kimi_rl.run_dir import RunDir, atomic_dir
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None) -> dict[str, Any]:
@@ -28,8 +29,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView
     state = run_dir.load_state()
     done: list[dict[str, Any]] = state.get("stages", [])
     start = time.time()
-    if len(done) < len(recipe.stages):
-        run_dir.write_environment(describe_environment())
+    if len(done) < len(recipe.stages) or state.get("status") != "finished":
         _run_stages(recipe, run_dir, done, resume, view)
     summary = {
         "status": "complete",
@@ -87,15 +87,19 @@ def _run_stages(
         follower = threading.Thread(target=follow, args=(run_dir.path / "metrics.jsonl", view, stop), daemon=True)
         follower.start()
     try:
+        run_dir.save_state({"status": "running", "stages": done})
         device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
         start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
         for index in range(len(done), len(recipe.stages)):
             result = _run_stage(recipe, index, run_dir, start_model, device, resume)
             start_model = result["model"]
             done.append(result)
-            run_dir.save_state({"stages": done})
-        run_dir.publish_model(Path(start_model))
+            run_dir.save_state({"status": "running", "stages": done})
+        with atomic_dir(run_dir.path / "model") as folder:
+            shutil.copytree(start_model, folder, dirs_exist_ok=True)
+        run_dir.save_state({"status": "finished", "stages": done})
     except Exception as error:
+        run_dir.save_state({"status": "failed", "error": str(error), "stages": done})
         run_dir.write_summary({"status": "failed", "name": recipe.name, "error": str(error), "stages": done})
         write_report(run_dir.path)
         raise

@@ -157,25 +157,17 @@ def verify_cases(
     *, gold: str | None, answer: str | None, completion: str | None, cases: Path | None, kind: str
 ) -> list[dict[str, Any]]:
     """Verdicts as rows with value, status, parsed and reason."""
-    from kimi_rl.rewards import VerifierPool
+    from kimi_rl import rewards
 
     if kind not in ("math", "exact"):
         raise InputError(f"--kind: unknown kind {kind!r}; known: math, exact")
     if cases is not None:
-        rows = read_json_lines(cases)
-        where = [f"{cases}, row {i}" for i in range(1, len(rows) + 1)]
+        rows, where = read_json_lines(cases), f"{cases}, "
     else:
         given = {"gold": gold, "answer": answer, "completion": completion}
-        rows, where = [{k: v for k, v in given.items() if v is not None}], ["verify"]
-    pairs = []
-    for place, row in zip(where, rows, strict=True):
-        if not isinstance(row.get("gold"), str):
-            raise InputError(f"{place}: `gold` (text) is missing")
-        if isinstance(row.get("completion"), str) == isinstance(row.get("answer"), str):
-            raise InputError(f"{place}: needs exactly one of `completion` and `answer` (text)")
-        pairs.append((row["completion"] if "completion" in row else f"\\boxed{{{row['answer']}}}", row["gold"]))
-    with VerifierPool(workers=1) as pool:
-        verdicts = pool.verify_many(pairs, kind=kind, extract=("boxed", "hash", "answer"))
-    return [
-        {"value": v.value, "status": v.status, "parsed": v.parsed, "reason": v.reason} for v in verdicts
-    ]
+        rows, where = [{key: value for key, value in given.items() if value is not None}], ""
+    try:
+        verdicts = rewards.verify_cases(rows, kind=kind, extract=("boxed", "hash", "answer"))
+    except InputError as error:
+        raise InputError(f"{where}{error}") from None
+    return [{"value": v.value, "status": v.status, "parsed": v.parsed, "reason": v.reason} for v in verdicts]

@@ -25,6 +25,7 @@ from kimi_rl.recipe import Recipe, RLVRStage, SFTStage
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
 from kimi_rl.run_dir import RunDir
+from kimi_rl.seeds import derive_seed
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,6 @@ class StageContext:
         self.held_out_golds = list(self.problems.held_out["answer"])
         reward = self.recipe.reward
         self.verifier = VerifierPool(workers=reward.workers, deadline_s=reward.deadline_s)
-        self.policy_version_offset = 0
         self.pool = RolloutPool(
             **pool_settings(
                 self.stage.rollout,
@@ -114,7 +114,7 @@ class StageContext:
             self.decode,
             self.stage.eval,
             max_tokens=self.stage.rollout.max_tokens,
-            seed=derive_eval_seed(self.recipe.seed),
+            seed=derive_seed(self.recipe.seed, "held-out"),
         )
         for record, question in zip(records, self.problems.held_out["question"], strict=False):
             record["question"] = question
@@ -163,12 +163,6 @@ class StageContext:
     def close(self) -> None:
         self.pool.close()
         self.verifier.close()
-
-
-def derive_eval_seed(seed: int) -> int:
-    from kimi_rl.seeds import derive_seed
-
-    return derive_seed(seed, "held-out")
 
 
 class RecordCallback(TrainerCallback):
