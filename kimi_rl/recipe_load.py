@@ -91,9 +91,9 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, apply `dotted.key=value` overrides in order, check every rule.
 
     A value is parsed as YAML. `stages.0.steps=10` and `stages.rlvr.steps=10` (by stage name) both work. An
-    override of `data.path` replaces a `data.task` (and its `params`) and the other way round; one of `model.path`
-    replaces the from-scratch fields of `model`, and one of `model.size`, `arch`, `mlp` or `layer_types` replaces
-    a `model.path`.
+    override of `data.path` replaces a `data.task` (and its `params`) and the other way round; one of
+    `model.path` replaces the from-scratch fields of `model`, and one of `model.size`, `arch`, `mlp` or
+    `layer_types` replaces a `model.path`.
 
     Raises:
         InputError: one line; several problems are joined by "; ", five at most.
@@ -150,7 +150,7 @@ def _split(override: str) -> tuple[str, str]:
 
 
 def _switch_sources(tree: dict[str, Any], pairs: list[tuple[str, str]]) -> None:
-    """Clear what an overridden source replaces, so that `data.path=X` works on a recipe with a `data.task`."""
+    """Clear what an overridden source replaces: `data.path=X` must work on a recipe with a `data.task`."""
     sources = ("data.task", "data.path", "model.path")
     given = {key: _value(text, str, key) for key, text in pairs if key in sources}
     keys = {key for key, _ in pairs}

@@ -3,12 +3,13 @@
 ::
 
     recipe.yaml                          resolved recipe; `--resume` accepts no other
-    environment.json                     versions and machine, one entry per start of the run
+    environment.json                     versions and machine, one entry per start or resume of the run
     metrics.jsonl                        one JSON object per line; every row has "stage" and "step"
     rollouts/<stage>/step_000123.parquet what the policy wrote at that step, and the verdict on it
-    state.json                           completed stages and their results; also "status" and "error"
+    state.json                           completed stages and their results
     stages/<index>_<name>/               a stage's checkpoints and final model
-    summary.json, report.html            at the end
+    model/                               the final model
+    summary.json, report.html            at the end, also when the run fails
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ _STEP_FILE = re.compile(r"step_(\d+)\.parquet")
 class RunDir:
     """The folder of one run. `create` makes or reopens one; `RunDir(path)` is a handle on one that exists.
 
-    Handles hold no open file, so the driver and the learner actor may each have one; only one process at a time
-    may write a given file.
+    Handles hold no open file, so the driver and the learner actor may each have one; only one process at a
+    time may write a given file.
     """
 
     def __init__(self, path: Path | str):
@@ -54,8 +55,8 @@ class RunDir:
     def create(cls, path: Path | str, recipe_yaml: str, resume: bool = False) -> RunDir:
         """Make the folder of a new run, or reopen one to go on.
 
-        `recipe_yaml` is the resolved recipe (`recipe_load.dump_recipe`). Raises `InputError` if the folder holds
-        something and `resume` is off, if it cannot be written, or if a resumed run has another recipe.
+        `recipe_yaml` is the resolved recipe (`recipe_load.dump_recipe`). Raises `InputError` if the folder
+        holds something and `resume` is off, if it cannot be written, or if a resumed run has another recipe.
         """
         run = cls(path)
         if resume:
@@ -74,8 +75,8 @@ class RunDir:
         if not resume:
             atomic_write_text(run.recipe_path, recipe_yaml)
         repair_jsonl(run.metrics_path)
-        starts = run.environments()
-        run._write_json("environment.json", [*starts, {"started": time.time(), **describe_environment()}])
+        # It told how the run ended last time; from here on the run is going again.
+        run._path("summary.json").unlink(missing_ok=True)
         return run
 
     def _check_empty(self) -> None:
@@ -84,17 +85,19 @@ class RunDir:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise InputError(f"run folder {self.path}: {error.strerror or error}; choose another --out") from None
+            reason = error.strerror or error
+            raise InputError(f"run folder {self.path}: {reason}; choose another --out") from None
         if found:
-            hint = "--resume continues it" if "recipe.yaml" in found else "it holds no run"
+            is_run = "recipe.yaml" in found
+            hint = "add --resume to continue that run, or " if is_run else "--resume finds no run here; "
             raise InputError(
-                f"run folder {self.path}: not empty ({len(found)} entries, such as {min(found)}; {hint}); "
-                "choose another --out"
+                f"run folder {self.path}: not empty ({len(found)} entries, such as {min(found)}); "
+                f"{hint}choose another --out"
             )
 
     def _check_same_recipe(self, recipe_yaml: str) -> None:
         if not self.recipe_path.is_file():
-            raise InputError(f"run folder {self.path}: nothing to resume, it has no recipe.yaml; drop --resume")
+            raise InputError(f"run folder {self.path}: nothing to resume (no recipe.yaml); drop --resume")
         stored = parse_yaml(self.recipe_path.read_text(encoding="utf-8"), str(self.recipe_path))
         difference = first_difference(stored, parse_yaml(recipe_yaml, "the recipe given"))
         if difference:
@@ -109,7 +112,7 @@ class RunDir:
             for left in self.path.glob(f"{pattern}{TEMP}*"):
                 shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
 
-    # --- places -----------------------------------------------------------------------------------------------
+    # --- places --------------------------------------------------------------------------------------------
 
     @property
     def recipe_path(self) -> Path:
@@ -136,10 +139,10 @@ class RunDir:
         stages = self.recipe().get("stages") or []
         return [str(stage.get("name", stage.get("kind"))) for stage in stages]
 
-    # --- metrics ----------------------------------------------------------------------------------------------
+    # --- metrics -------------------------------------------------------------------------------------------
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Append one row and wait until it is on disk. It needs "stage" and "step"; NaN and infinity become null."""
+        """Append a row and wait until it is on disk. "stage" and "step" must be in it; NaN becomes null."""
         if "stage" not in row or "step" not in row:
             raise ValueError(f"a metrics row needs `stage` and `step`, found {sorted(row)}")
         line = json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n"
@@ -151,18 +154,26 @@ class RunDir:
             os.fsync(file.fileno())
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows. A torn last line is left out; a broken line before it raises `InputError` with its number."""
+        """All rows. A torn last line is left out; a broken line before it raises `InputError`."""
         return read_jsonl(self.metrics_path)
 
     def truncate_metrics(self, stage: str, after_step: int) -> None:
-        """Drop the rows of `stage` with a step above `after_step`, and those of all later stages. Atomic."""
+        """Drop the rows of `stage` with a step above `after_step`, and those of all later stages. Atomic.
+
+        The closing evaluation of `stage` (`when` is "after") goes too: a resumed stage repeats it.
+        """
         rows = self.read_metrics()
         later = self._later_stages(stage)
-        kept = [
-            row for row in rows if row["stage"] not in later and (row["stage"] != stage or row["step"] <= after_step)
-        ]
+
+        def stays(row: dict[str, Any]) -> bool:
+            if row["stage"] == stage:
+                return row["step"] <= after_step and row.get("when") != "after"
+            return row["stage"] not in later
+
+        kept = [row for row in rows if stays(row)]
         if len(kept) != len(rows):
-            atomic_write_text(self.metrics_path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in kept)
+            atomic_write_text(self.metrics_path, "".join(lines))
 
     def _later_stages(self, stage: str) -> set[str]:
         names = self.stage_names()
@@ -170,13 +181,13 @@ class RunDir:
             raise ValueError(f"{self.recipe_path} has no stage {stage!r}; its stages: {', '.join(names)}")
         return set(names[names.index(stage) + 1 :])
 
-    # --- rollouts ---------------------------------------------------------------------------------------------
+    # --- rollouts ------------------------------------------------------------------------------------------
 
     def write_rollouts(self, stage: str, step: int, rows: list[dict[str, Any]]) -> Path:
         """Write one step's rollouts, atomically, over those of an earlier try of the step.
 
-        `stage` may be `<stage>_eval_<when>` for the completions of an evaluation. The report shows the columns
-        `question` or `prompt`, `completion`, `gold`, `parsed`, `status`, `reason` and `reward`.
+        `stage` may be `<stage>_eval_<when>` for the completions of an evaluation. The report shows the
+        columns `question` or `prompt`, `completion`, `gold`, `parsed`, `status`, `reason` and `reward`.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -201,7 +212,8 @@ class RunDir:
 
     def rollout_steps(self, stage: str) -> list[int]:
         """The steps of `stage` whose rollouts are on disk, in order."""
-        matches = (_STEP_FILE.fullmatch(p.name) for p in (self.path / "rollouts" / stage).glob("step_*.parquet"))
+        folder = self.path / "rollouts" / stage
+        matches = (_STEP_FILE.fullmatch(path.name) for path in folder.glob("step_*.parquet"))
         return sorted(int(match[1]) for match in matches if match)
 
     def read_rollouts(self, stage: str, step: int) -> list[dict[str, Any]]:
@@ -222,47 +234,61 @@ class RunDir:
                     if step > after_step:
                         self.rollouts_path(folder.name, step).unlink()
 
-    # --- state and results ------------------------------------------------------------------------------------
+    # --- state and results ---------------------------------------------------------------------------------
 
     def load_state(self) -> dict[str, Any]:
         """What `save_state` wrote last; `{}` for a new run."""
         return self._read_json("state.json") or {}
 
     def save_state(self, state: dict[str, Any]) -> None:
-        """Write state.json, atomically. The report reads "status" (running, finished, failed) and "error"."""
+        """Write state.json, atomically."""
         self._write_json("state.json", state)
 
     def write_summary(self, summary: dict[str, Any]) -> Path:
-        """Write summary.json, atomically."""
+        """Write summary.json, atomically. The report reads "status" (complete, failed) and "error"."""
         return self._write_json("summary.json", summary)
 
     def summary(self) -> dict[str, Any]:
         return self._read_json("summary.json") or {}
 
+    def write_environment(self, environment: dict[str, Any]) -> None:
+        """Add what `describe_environment` found to environment.json, with the time of this start."""
+        self._write_json("environment.json", [*self.environments(), {"started": time.time(), **environment}])
+
     def environments(self) -> list[dict[str, Any]]:
-        """One `describe_environment` per start of the run, the first one first, each with "started" (unix s)."""
+        """What `write_environment` added, the first start first; each has "started" (unix seconds)."""
         return self._read_json("environment.json") or []
 
+    def publish_model(self, folder: Path) -> Path:
+        """Copy a finished model folder to model/, atomically. Returns the copy's path."""
+        target = self._path("model")
+        with atomic_dir(target) as temp:
+            shutil.copytree(folder, temp, dirs_exist_ok=True)
+        return target
+
+    def _path(self, name: str) -> Path:
+        return self.path / name
+
     def _read_json(self, name: str) -> Any:
-        path = self.path / name
+        path = self._path(name)
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise InputError(f"{path}: not JSON ({error}); restore the file, or start in a new folder") from None
+            raise InputError(f"{path}: not JSON ({error}); restore it, or start in a new folder") from None
 
     def _write_json(self, name: str, value: Any) -> Path:
-        path = self.path / name
-        atomic_write_text(path, json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        return path
+        text = json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+        atomic_write_text(self._path(name), text + "\n")
+        return self._path(name)
 
 
-# ------------------------------------------------------------------------------------------------ JSON lines
+# ----------------------------------------------------------------------------------------------- JSON lines
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; [] if it is missing. Only the last line may be torn. Raises `InputError`."""
+    """Objects of a JSON-lines file; [] if it is missing. Only the last line may be torn (`InputError`)."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -318,7 +344,7 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-# ----------------------------------------------------------------------------------------------- atomic writes
+# -------------------------------------------------------------------------------------------- atomic writes
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -377,7 +403,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-# ------------------------------------------------------------------------------------------------- environment
+# ---------------------------------------------------------------------------------------------- environment
 
 _VERSIONS = {
     "torch": ["torch"],
@@ -394,8 +420,8 @@ _VERSIONS = {
 def describe_environment() -> dict[str, Any]:
     """Versions and machine. Imports nothing heavy; the GPU comes from torch if it is loaded, else the driver.
 
-    Keys: python, platform, cpus (usable by this process), memory_gib, gpus (list of names), versions (package to
-    version, None where it is not installed).
+    Keys: python, platform, cpus (usable by this process), memory_gib, gpus (list of names), versions (package
+    to version, None where it is not installed).
     """
     return {
         "python": platform.python_version(),
