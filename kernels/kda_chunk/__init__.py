@@ -28,8 +28,8 @@ def kda_chunk(
     q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K], the log decay (at most 0, any size: there is no overflow);
     beta [B, T, H] in [0, 1], after the sigmoid. `scale` multiplies q (default K^-0.5). `use_qk_l2norm` normalises q
     and k per head first. `cu_seqlens` [N+1] marks N sequences packed along T (then B is 1); nothing crosses a
-    border. `initial_state` [N, H, K, V] (N = B without packing). `chunk_size`, a power of two, is an upper bound:
-    short sequences use less.
+    border. `initial_state` [N, H, K, V] (N = B without packing). `chunk_size`, a power of two, is an upper bound for
+    the PyTorch form, which picks what is fastest; fla takes 32 or 64.
     Returns o [B, T, H, V] in v's dtype, and the state after each sequence's last token, [N, H, K, V] in float32
     (float64 if an input is), or None.
     Source: Kimi Linear report (arXiv 2510.26692), section 3 (chunkwise form); `fla.ops.kda.naive`.

@@ -88,9 +88,13 @@ def _layout(batch: int, length: int, cu_seqlens: torch.Tensor | None, chunk_size
 
 
 def _chunk_for(longest: int, largest: int) -> int:
-    """The chunk size for sequences of at most `longest` tokens: below `largest` when one chunk holds everything."""
+    """The chunk size for sequences of at most `longest` tokens: a power of two, at most `largest`.
+
+    16 up to 128 tokens (less padding), else 32: the fastest sizes on a CPU. More only makes the triangular solve grow.
+    """
+    preferred = 16 if longest <= 128 else 32
     chunk = 1
-    while chunk < min(longest, largest):
+    while chunk < min(longest, largest, preferred):
         chunk *= 2
     return chunk
 

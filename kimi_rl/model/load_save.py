@@ -93,7 +93,12 @@ def save_model(
             tokenizer.save_pretrained(new)
         if folder.exists():
             folder.rename(old)
-        new.rename(folder)
+        try:
+            new.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
