@@ -1,0 +1,237 @@
+"""Charts of one stage, as plain plotly figures (dicts of `data` and `layout`) built from metrics rows.
+
+Plain dicts keep plotly's large Python package out of the driver; the page's own script adds the theme.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Row = dict[str, Any]
+
+BLUE, ORANGE, GREEN, RED, PURPLE, GREY, YELLOW, TEAL = (
+    "#3b7dd8", "#e07b39", "#2e9e6b", "#d64550", "#8a63d2", "#8b93a1", "#d9a514", "#1f9aa8"
+)  # fmt: skip
+
+VERDICTS = {
+    "correct": GREEN, "wrong": RED, "no_answer": GREY, "timeout": ORANGE, "crashed": PURPLE, "unparseable_gold": YELLOW
+}  # fmt: skip
+
+# From this many points on, noisy curves are drawn faint under their running mean.
+_SMOOTH_FROM = 40
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A titled plotly figure; `note` says what is drawn."""
+
+    title: str
+    note: str
+    figure: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Lines:
+    """A chart of one or more columns of the train rows over steps: column -> (legend, colour)."""
+
+    title: str
+    note: str
+    columns: dict[str, tuple[str, str]]
+    axis: str = ""
+    smooth: bool = False
+    log: bool = False
+    percent: bool = False
+
+
+_RLVR = [
+    Lines("Reward", "mean over the step's completions", {"reward": ("reward", BLUE)}, smooth=True),
+    Lines("Completion length", "mean", {"completion_length": ("length", BLUE)}, "tokens", smooth=True),
+    Lines(
+        "Shares to watch",
+        "cut off at max_tokens; groups whose rewards are all equal (no gradient); tokens at the importance cap",
+        {
+            "truncated_share": ("cut off", ORANGE),
+            "zero_std_share": ("groups without spread", GREY),
+            "is_truncated_share": ("importance-capped", PURPLE),
+        },
+        percent=True,
+    ),
+    Lines("Entropy", "of the policy, mean per token", {"entropy": ("entropy", TEAL)}, "nats"),
+    Lines("KL to the reference", "against the stage's starting model", {"kl": ("KL", PURPLE)}, "nats"),
+    Lines(
+        "Mismatch: KL",
+        "trainer against rollout engine on the same tokens (k3 estimate); dashed: the recipe's bar",
+        {"mismatch_kl": ("KL k3", RED)},
+        "nats",
+        log=True,
+    ),
+    Lines(
+        "Mismatch: |Δ log p|",
+        "of single tokens, trainer against rollout engine",
+        {"mismatch_mean_abs": ("mean", BLUE), "mismatch_max_abs": ("max", RED)},
+        "nats",
+        log=True,
+    ),
+    Lines(
+        "Importance ratio",
+        "trainer / engine, per token",
+        {
+            "mismatch_ratio_p99": ("99th percentile", ORANGE),
+            "is_ratio_mean": ("mean", BLUE),
+            "mismatch_ratio_p01": ("1st percentile", TEAL),
+        },
+    ),
+    Lines("Loss", "of the policy", {"loss": ("loss", BLUE)}, smooth=True),
+]
+_SFT = [
+    Lines("Loss", "cross-entropy per token", {"loss": ("loss", BLUE)}, "nats", smooth=True),
+    Lines(
+        "Token accuracy", "share of next tokens that are the model's first choice",
+        {"mean_token_accuracy": ("token accuracy", GREEN)}, smooth=True, percent=True,
+    ),
+    Lines("Entropy", "of the model, mean per token", {"entropy": ("entropy", TEAL)}, "nats"),
+]  # fmt: skip
+_BOTH = [
+    Lines("Gradient norm", "before clipping", {"grad_norm": ("norm", TEAL)}, smooth=True),
+    Lines("Learning rate", "", {"learning_rate": ("learning rate", GREY)}),
+    Lines(
+        "Throughput", "of the whole step, and of the rollout alone",
+        {"tokens_per_s": ("step", BLUE), "rollout_tokens_per_s": ("rollout", ORANGE)}, "tokens/s",
+    ),
+]  # fmt: skip
+
+
+def stage_charts(kind: str, train: Sequence[Row], evals: Sequence[Row], recipe_stage: Row) -> list[Chart]:
+    """The charts of one stage, those for which there are figures.
+
+    `train` and `evals` are its rows in order of step; `recipe_stage` is its entry in the resolved recipe.
+    """
+    bar = (recipe_stage.get("mismatch") or {}).get("max_kl")
+    charts = [_accuracy(train, evals)]
+    for lines in [*(_SFT if kind == "sft" else _RLVR), *_BOTH]:
+        chart = _lines(lines, train)
+        if chart and lines.title == "Mismatch: KL" and isinstance(bar, (int, float)):
+            chart.figure["layout"]["shapes"] = [_horizontal(bar)]
+            # A shape does not stretch an axis; an invisible point does.
+            chart.figure["data"].append(
+                {"x": [train[-1]["step"]], "y": [bar], "mode": "markers", "marker": {"opacity": 0},
+                 "hoverinfo": "skip", "showlegend": False}
+            )  # fmt: skip
+        charts.append(chart)
+    verdicts = {f"verdict_{name}": (name.replace("_", " "), colour) for name, colour in VERDICTS.items()}
+    charts.insert(2, _stacked("Verdicts", "completions of the step, by verdict", verdicts, train, "completions"))
+    times = {"rollout_s": ("rollout", ORANGE), "sync_s": ("weight sync", PURPLE), "learner_s": ("learner", BLUE)}
+    split = _stacked("Step time", "where the seconds of a step go", times, train, "s")
+    charts.append(split or _lines(Lines("Step time", "", {"step_s": ("step", BLUE)}, "s"), train))
+    return [chart for chart in charts if chart is not None]
+
+
+def _accuracy(train: Sequence[Row], evals: Sequence[Row]) -> Chart | None:
+    """Train accuracy, and held-out accuracy with one standard error either side."""
+    traces = _traces("accuracy", "train", GREY, train, smooth=True, percent=True)
+    k = next((row["k"] for row in evals if row.get("k")), "k")
+    for column, error, name, colour in (
+        ("held_out_accuracy", "held_out_se", "held-out, greedy", BLUE),
+        ("avg_at_k", "avg_at_k_se", f"held-out, avg@{k}", ORANGE),
+    ):
+        rows = [row for row in evals if row.get(column) is not None]
+        if rows:
+            trace = _line([r["step"] for r in rows], [r[column] for r in rows], name, colour, percent=True)
+            trace["mode"] = "lines+markers"
+            trace["marker"] = {"size": 7}
+            trace["error_y"] = {"type": "data", "array": [r.get(error) for r in rows], "thickness": 1.4, "width": 4}
+            traces.append(trace)
+    if not traces:
+        return None
+    layout = {"yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
+    return Chart("Accuracy", "bars: one standard error", {"data": traces, "layout": _layout(layout)})
+
+
+def _lines(lines: Lines, rows: Sequence[Row]) -> Chart | None:
+    traces: list[dict[str, Any]] = []
+    values: list[float] = []
+    for column, (name, colour) in lines.columns.items():
+        traces += _traces(column, name, colour, rows, lines.smooth, lines.percent)
+        values += [row[column] for row in rows if row.get(column) is not None]
+    if not traces:
+        return None
+    axis: dict[str, Any] = {"title": {"text": lines.axis}} if lines.axis else {}
+    if lines.percent:
+        axis |= {"tickformat": ".0%", "rangemode": "tozero"}
+    if lines.log and min(values) > 0:
+        axis |= {"type": "log", "exponentformat": "power", "dtick": "D1" if max(values) < 10 * min(values) else 1}
+    layout = _layout({"yaxis": axis, "showlegend": len(lines.columns) > 1})
+    return Chart(lines.title, lines.note, {"data": traces, "layout": layout})
+
+
+def _stacked(
+    title: str, note: str, columns: dict[str, tuple[str, str]], rows: Sequence[Row], axis: str
+) -> Chart | None:
+    traces = []
+    for column, (name, colour) in columns.items():
+        values = [row.get(column) for row in rows]
+        if any(values):
+            traces.append(
+                {"type": "bar", "x": [row["step"] for row in rows], "y": [_short(v) for v in values],
+                 "name": name, "marker": {"color": colour}}
+            )  # fmt: skip
+    if not traces:
+        return None
+    layout = _layout({"barmode": "stack", "bargap": 0.08, "yaxis": {"title": {"text": axis}}, "showlegend": True})
+    return Chart(title, note, {"data": traces, "layout": layout})
+
+
+def _traces(
+    column: str, name: str, colour: str, rows: Sequence[Row], smooth: bool, percent: bool
+) -> list[dict[str, Any]]:
+    steps = [row["step"] for row in rows]
+    values = [row.get(column) for row in rows]
+    present = [v for v in values if v is not None]
+    if not present:
+        return []
+    if not smooth or len(present) < _SMOOTH_FROM:
+        return [_line(steps, values, name, colour, percent)]
+    window = max(5, len(values) // 20)
+    raw = _line(steps, values, f"{name}, single steps", colour, percent)
+    raw |= {"opacity": 0.28, "showlegend": False}
+    raw["line"]["width"] = 1
+    return [raw, _line(steps, running_mean(values, window), f"{name} (mean of {window} steps)", colour, percent)]
+
+
+def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
+    """Mean of the last `window` values, those that are None left out."""
+    means: list[float | None] = []
+    for end in range(1, len(values) + 1):
+        inside = [v for v in values[max(0, end - window) : end] if v is not None]
+        means.append(sum(inside) / len(inside) if inside else None)
+    return means
+
+
+def _line(steps: Sequence[int], values: Sequence[Any], name: str, colour: str, percent: bool) -> dict[str, Any]:
+    return {
+        "type": "scatter",
+        # A single point makes no line.
+        "mode": "lines" if sum(v is not None for v in values) > 1 else "markers",
+        "x": list(steps),
+        "y": [_short(v) for v in values],
+        "name": name,
+        "line": {"color": colour, "width": 2},
+        "hovertemplate": "%{y:.1%}" if percent else "%{y:.4~g}",
+    }
+
+
+def _short(value: Any) -> Any:
+    """Six significant digits are more than a screen shows, and make the page a third of the size."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _layout(more: dict[str, Any]) -> dict[str, Any]:
+    base: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "showlegend": True}
+    return base | more
+
+
+def _horizontal(y: float) -> dict[str, Any]:
+    line = {"color": GREY, "width": 1.5, "dash": "dash"}
+    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": y, "y1": y, "line": line}
