@@ -96,8 +96,9 @@ def parse_row(row: Mapping[str, Any], columns: Columns, form: str | None = None)
         raise RowError(f"no answer (column `{columns.answer}` is empty or missing)")
 
     if "####" in stated:  # GSM8K: the answer column is the worked solution
-        solution = _CALCULATOR.sub("", stated)
-        answer = _plain_number(stated.rpartition("####")[2])
+        work, _, final = stated.rpartition("####")
+        answer = _plain_number(final)
+        solution = f"{_CALCULATOR.sub('', work)}#### {answer}"
         form = form or "hash"
     elif stated:
         answer = _without_dollars(stated)
@@ -128,7 +129,7 @@ def look_up(row: Any, dotted: str) -> Any:
 
 
 def last_boxed(text: str) -> str | None:
-    """Content of the last complete `\\boxed{...}`, `\\fbox{...}` (braces may nest) or `\\boxed x`; or None."""
+    """Content of the last complete `\\boxed{...}`, `\\fbox{...}` or `\\boxed x`; braces may nest. Or None."""
     for match in reversed(list(re.finditer(r"\\(?:boxed|fbox)\s*", text))):
         start = match.end()
         if not text.startswith("{", start):

@@ -1,4 +1,4 @@
-"""`load_problems`: training and held-out problems from a task, local files or the hub, in the same columns."""
+"""`load_problems`: problems from a task, local files or the hub, all in the same columns."""
 
 from __future__ import annotations
 
