@@ -33,8 +33,9 @@ _WINDOW = 20  # steps whose duration the remaining time is estimated from
 class ProgressView:
     """Shows the rows of metrics.jsonl as they come.
 
-    On a terminal it redraws in place; otherwise it prints a line every `plain_every` seconds, and always those
-    of evaluations, of notes and of a stage's last step. With `enabled=False` it shows nothing. Thread-safe.
+    On a terminal it redraws in place; otherwise it prints a line every `plain_every` seconds, and always
+    those of evaluations, of notes and of a stage's last step. With `enabled=False` it shows nothing.
+    Thread-safe.
     """
 
     def __init__(

@@ -130,7 +130,7 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.dump(recipe.model_dump(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
-# ------------------------------------------------------------------------------------------------- overrides
+# ------------------------------------------------------------------------------------------------ overrides
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> None:
@@ -269,7 +269,7 @@ def _container(kind: Any) -> Any:
     return dict if isinstance(kind, tuple) or _is_model(kind) or get_origin(kind) is dict else None
 
 
-# ---------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------- errors
 
 _EXPECTED = {
     "int_type": "a whole number", "int_parsing": "a whole number", "int_from_float": "a whole number",

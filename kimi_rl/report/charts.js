@@ -12,12 +12,12 @@ function themed(layout) {
   return {
     ...layout,
     xaxis: axis(layout.xaxis), yaxis: axis(layout.yaxis),
-    height: 250, margin: { l: 48, r: 12, t: layout.showlegend ? 30 : 10, b: 38 },
+    height: 270, margin: { l: 48, r: 12, t: layout.showlegend ? 30 : 10, b: 38 },
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { family: colour("--font"), size: 12, color: colour("--muted") },
     hovermode: "x unified",
     hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--text") } },
-    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
+    legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 }, entrywidth: 0, itemwidth: 30 },
   };
 }
 

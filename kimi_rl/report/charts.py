@@ -16,7 +16,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY, YELLOW, TEAL = (
 )  # fmt: skip
 
 VERDICTS = {
-    "correct": GREEN, "wrong": RED, "no_answer": GREY, "timeout": ORANGE, "crashed": PURPLE, "unparseable_gold": YELLOW
+    "correct": GREEN, "wrong": RED, "no_answer": GREY, "timeout": ORANGE, "crashed": PURPLE,
+    "unparseable_gold": YELLOW,
 }  # fmt: skip
 
 # From this many points on, noisy curves are drawn faint under their running mean.
@@ -43,6 +44,7 @@ class Lines:
     smooth: bool = False
     log: bool = False
     percent: bool = False
+    from_zero: bool = False
 
 
 _RLVR = [
@@ -50,7 +52,7 @@ _RLVR = [
     Lines("Completion length", "mean", {"completion_length": ("length", BLUE)}, "tokens", smooth=True),
     Lines(
         "Shares to watch",
-        "cut off at max_tokens; groups whose rewards are all equal (no gradient); tokens at the importance cap",
+        "cut off at max_tokens; groups of one reward (no gradient); tokens at the importance cap",
         {
             "truncated_share": ("cut off", ORANGE),
             "zero_std_share": ("groups without spread", GREY),
@@ -95,12 +97,18 @@ _SFT = [
 ]  # fmt: skip
 _BOTH = [
     Lines("Gradient norm", "before clipping", {"grad_norm": ("norm", TEAL)}, smooth=True),
-    Lines("Learning rate", "", {"learning_rate": ("learning rate", GREY)}),
+    Lines("Learning rate", "of the last update", {"learning_rate": ("learning rate", GREY)}, from_zero=True),
     Lines(
         "Throughput", "of the whole step, and of the rollout alone",
         {"tokens_per_s": ("step", BLUE), "rollout_tokens_per_s": ("rollout", ORANGE)}, "tokens/s",
+        from_zero=True,
     ),
 ]  # fmt: skip
+_VERDICT_BARS = {f"verdict_{name}": (name.replace("_", " "), colour) for name, colour in VERDICTS.items()}
+_TIME_BARS = {
+    "rollout_s": ("rollout", ORANGE), "sync_s": ("weight sync", PURPLE), "learner_s": ("learner", BLUE)
+}  # fmt: skip
+_STEP_TIME = Lines("Step time", "wall time", {"step_s": ("step", BLUE)}, "s", from_zero=True)
 
 
 def stage_charts(kind: str, train: Sequence[Row], evals: Sequence[Row], recipe_stage: Row) -> list[Chart]:
@@ -111,20 +119,10 @@ def stage_charts(kind: str, train: Sequence[Row], evals: Sequence[Row], recipe_s
     bar = (recipe_stage.get("mismatch") or {}).get("max_kl")
     charts = [_accuracy(train, evals)]
     for lines in [*(_SFT if kind == "sft" else _RLVR), *_BOTH]:
-        chart = _lines(lines, train)
-        if chart and lines.title == "Mismatch: KL" and isinstance(bar, (int, float)):
-            chart.figure["layout"]["shapes"] = [_horizontal(bar)]
-            # A shape does not stretch an axis; an invisible point does.
-            chart.figure["data"].append(
-                {"x": [train[-1]["step"]], "y": [bar], "mode": "markers", "marker": {"opacity": 0},
-                 "hoverinfo": "skip", "showlegend": False}
-            )  # fmt: skip
-        charts.append(chart)
-    verdicts = {f"verdict_{name}": (name.replace("_", " "), colour) for name, colour in VERDICTS.items()}
-    charts.insert(2, _stacked("Verdicts", "completions of the step, by verdict", verdicts, train, "completions"))
-    times = {"rollout_s": ("rollout", ORANGE), "sync_s": ("weight sync", PURPLE), "learner_s": ("learner", BLUE)}
-    split = _stacked("Step time", "where the seconds of a step go", times, train, "s")
-    charts.append(split or _lines(Lines("Step time", "", {"step_s": ("step", BLUE)}, "s"), train))
+        charts.append(_lines(lines, train, bar if "mismatch_kl" in lines.columns else None))
+    charts.insert(2, _stacked("Verdicts", "of the step's completions", _VERDICT_BARS, train, "completions"))
+    split = _stacked("Step time", "where the seconds of a step go", _TIME_BARS, train, "s")
+    charts.append(split or _lines(_STEP_TIME, train))
     return [chart for chart in charts if chart is not None]
 
 
@@ -141,7 +139,8 @@ def _accuracy(train: Sequence[Row], evals: Sequence[Row]) -> Chart | None:
             trace = _line([r["step"] for r in rows], [r[column] for r in rows], name, colour, percent=True)
             trace["mode"] = "lines+markers"
             trace["marker"] = {"size": 7}
-            trace["error_y"] = {"type": "data", "array": [r.get(error) for r in rows], "thickness": 1.4, "width": 4}
+            errors = [row.get(error) for row in rows]
+            trace["error_y"] = {"type": "data", "array": errors, "thickness": 1.4, "width": 4}
             traces.append(trace)
     if not traces:
         return None
@@ -149,7 +148,8 @@ def _accuracy(train: Sequence[Row], evals: Sequence[Row]) -> Chart | None:
     return Chart("Accuracy", "bars: one standard error", {"data": traces, "layout": _layout(layout)})
 
 
-def _lines(lines: Lines, rows: Sequence[Row]) -> Chart | None:
+def _lines(lines: Lines, rows: Sequence[Row], bar: float | None = None) -> Chart | None:
+    """`bar`: where to draw a dashed line across the chart."""
     traces: list[dict[str, Any]] = []
     values: list[float] = []
     for column, (name, colour) in lines.columns.items():
@@ -157,12 +157,23 @@ def _lines(lines: Lines, rows: Sequence[Row]) -> Chart | None:
         values += [row[column] for row in rows if row.get(column) is not None]
     if not traces:
         return None
+    if bar is not None:
+        steps = [row["step"] for row in rows]
+        trace = _line([0, max(steps)], [bar, bar], "bar", GREY, percent=False)
+        trace["line"] |= {"dash": "dash", "width": 1.5}
+        traces.append(trace)
+        values.append(bar)
     axis: dict[str, Any] = {"title": {"text": lines.axis}} if lines.axis else {}
     if lines.percent:
         axis |= {"tickformat": ".0%", "rangemode": "tozero"}
+    if lines.from_zero:
+        # Not plotly's "tozero", which draws a small constant on an axis from -1 to 1.
+        axis["range"] = [0, 1.1 * max(values) or 1]
     if lines.log and min(values) > 0:
-        axis |= {"type": "log", "exponentformat": "power", "dtick": "D1" if max(values) < 10 * min(values) else 1}
-    layout = _layout({"yaxis": axis, "showlegend": len(lines.columns) > 1})
+        axis |= {"type": "log", "exponentformat": "power"}
+        if max(values) > 30 * min(values):
+            axis["dtick"] = 1  # whole decades; a narrower range keeps plotly's own, finer choice
+    layout = _layout({"yaxis": axis, "showlegend": len(lines.columns) > 1 or bar is not None})
     return Chart(lines.title, lines.note, {"data": traces, "layout": layout})
 
 
@@ -179,7 +190,7 @@ def _stacked(
             )  # fmt: skip
     if not traces:
         return None
-    layout = _layout({"barmode": "stack", "bargap": 0.08, "yaxis": {"title": {"text": axis}}, "showlegend": True})
+    layout = _layout({"barmode": "stack", "bargap": 0, "yaxis": {"title": {"text": axis}}})
     return Chart(title, note, {"data": traces, "layout": layout})
 
 
@@ -195,9 +206,9 @@ def _traces(
         return [_line(steps, values, name, colour, percent)]
     window = max(5, len(values) // 20)
     raw = _line(steps, values, f"{name}, single steps", colour, percent)
-    raw |= {"opacity": 0.28, "showlegend": False}
+    raw |= {"opacity": 0.35, "showlegend": False}
     raw["line"]["width"] = 1
-    return [raw, _line(steps, running_mean(values, window), f"{name} (mean of {window} steps)", colour, percent)]
+    return [raw, _line(steps, running_mean(values, window), f"{name} (mean of {window})", colour, percent)]
 
 
 def running_mean(values: Sequence[float | None], window: int) -> list[float | None]:
@@ -209,7 +220,9 @@ def running_mean(values: Sequence[float | None], window: int) -> list[float | No
     return means
 
 
-def _line(steps: Sequence[int], values: Sequence[Any], name: str, colour: str, percent: bool) -> dict[str, Any]:
+def _line(
+    steps: Sequence[int], values: Sequence[Any], name: str, colour: str, percent: bool
+) -> dict[str, Any]:
     return {
         "type": "scatter",
         # A single point makes no line.
@@ -228,10 +241,5 @@ def _short(value: Any) -> Any:
 
 
 def _layout(more: dict[str, Any]) -> dict[str, Any]:
-    base: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "showlegend": True}
+    base: dict[str, Any] = {"xaxis": {"title": {"text": "step"}, "rangemode": "tozero"}, "showlegend": True}
     return base | more
-
-
-def _horizontal(y: float) -> dict[str, Any]:
-    line = {"color": GREY, "width": 1.5, "dash": "dash"}
-    return {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y", "y0": y, "y1": y, "line": line}

@@ -1,6 +1,6 @@
 """`report.html` and the terminal summary of a run that is finished, going on, or broken.
 
-A report is most wanted when something went wrong, so whatever is missing or damaged becomes a warning on the page.
+A report is most wanted when something went wrong, so whatever is missing or damaged becomes a warning.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def render_text_summary(run_dir: Path) -> str:
 
 
 def describe_run(run: RunDir, with_details: bool = False) -> dict[str, Any]:
-    """Everything that is shown of a run, as plain values. `with_details` adds charts, samples, recipe and machine."""
+    """Everything that is shown of a run, as plain values. `with_details` adds charts, samples and recipe."""
     warnings: list[str] = []
 
     def read(reader: Callable[[], T], default: T) -> T:
@@ -89,12 +89,13 @@ def describe_run(run: RunDir, with_details: bool = False) -> dict[str, Any]:
 
     recipe = read(run.recipe, {})
     summary = read(run.summary, {})
-    rows = _deduplicate(read(run.read_metrics, []))
+    rows = _deduplicate(read(lambda: run.read_metrics(on_broken=warnings.append), []))
     environments = read(run.environments, [])
     stages = []
     previous = None
     for name, recipe_stage in _stages(recipe, rows):
-        stage = _describe_stage(name, recipe_stage, [row for row in rows if row["stage"] == name], summary, previous)
+        own = [row for row in rows if row["stage"] == name]
+        stage = _describe_stage(name, recipe_stage, own, summary, previous)
         previous = stage["after"] or previous
         stage |= {"charts": [], "samples": []}
         if with_details:
@@ -138,7 +139,10 @@ def _stages(recipe: Row, rows: list[Row]) -> list[tuple[str, Row]]:
     return list((known | {row["stage"]: known.get(row["stage"], {}) for row in rows}).items())
 
 
-def _describe_stage(name: str, entry: Row, rows: list[Row], summary: Row, previous: Row | None) -> dict[str, Any]:
+def _describe_stage(
+    name: str, entry: Row, rows: list[Row], summary: Row, previous: Row | None
+) -> dict[str, Any]:
+    """The stage `name`, whose recipe entry is `entry`; `previous` is the evaluation that it started from."""
     train = sorted((row for row in rows if row.get("type") == "train"), key=lambda row: row["step"])
     evals = sorted((row for row in rows if row.get("type") == "eval"), key=lambda row: row["step"])
     before = _evaluation([row for row in evals if row.get("when") == "before"])
@@ -149,6 +153,7 @@ def _describe_stage(name: str, entry: Row, rows: list[Row], summary: Row, previo
     total = entry.get("steps") or next((row["steps_total"] for row in rows if row.get("steps_total")), None)
     times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
     reported = next((s.get("seconds") for s in summary.get("stages") or [] if s.get("name") == name), None)
+    notes = [row["text"] for row in rows if row.get("type") == "note" and row.get("text")]
     return {
         "name": name,
         "kind": str(entry.get("kind") or next((row["kind"] for row in rows if row.get("kind")), "?")),
@@ -159,7 +164,7 @@ def _describe_stage(name: str, entry: Row, rows: list[Row], summary: Row, previo
         "after": after,
         "change": after["accuracy"] - before["accuracy"] if before and after else None,
         "seconds": reported or (max(times) - min(times) if times else None),
-        "notes": list(dict.fromkeys(row["text"] for row in rows if row.get("type") == "note" and row.get("text"))),
+        "notes": list(dict.fromkeys(notes)),
         "train": train,
         "evals": evals,
     }
@@ -170,6 +175,7 @@ def _evaluation(rows: list[Row]) -> dict[str, Any] | None:
     row = next((row for row in reversed(rows) if row.get("held_out_accuracy") is not None), None)
     if row is None:
         return None
+    inside = row.get("when") not in ("before", "after")
     return {
         "accuracy": row["held_out_accuracy"],
         "se": row.get("held_out_se"),
@@ -177,14 +183,17 @@ def _evaluation(rows: list[Row]) -> dict[str, Any] | None:
         "avg_se": row.get("avg_at_k_se"),
         "k": row.get("k"),
         "n": row.get("n"),
-        "label": "greedy" if row.get("when") in ("after", "before") else f"greedy, so far (step {row['step']})",
+        "label": f"greedy, so far (step {row['step']})" if inside else "greedy",
     }
 
 
 def _deduplicate(rows: list[Row]) -> list[Row]:
     """The last row of each kind, stage and step: a resumed run may have recorded one twice."""
-    usable = [r for r in rows if isinstance(r.get("stage"), str) and isinstance(r.get("step"), (int, float))]
-    return list({(r.get("type"), r["stage"], r["step"], r.get("when"), r.get("text")): r for r in usable}.values())
+    latest = {}
+    for row in rows:
+        if isinstance(row.get("stage"), str) and isinstance(row.get("step"), (int, float)):
+            latest[row.get("type"), row["stage"], row["step"], row.get("when"), row.get("text")] = row
+    return list(latest.values())
 
 
 def _status(summary: Row, times: list[float], environments: list[Row]) -> dict[str, str]:
@@ -196,7 +205,8 @@ def _status(summary: Row, times: list[float], environments: list[Row]) -> dict[s
     signs = times + [e["started"] for e in environments if isinstance(e.get("started"), (int, float))]
     silent = time.time() - max(signs) if signs else 0.0
     if silent > _SILENT_S:
-        return {"word": "interrupted", "detail": f"No new row for {duration(silent)}; --resume continues the run."}
+        detail = f"No new row for {duration(silent)}; --resume continues the run."
+        return {"word": "interrupted", "detail": detail}
     return {"word": "running", "detail": ""}
 
 
@@ -212,9 +222,8 @@ def _cards(stages: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     if speeds:
         where = "RLVR steps" if rlvr else "steps"
         cards.append(("Tokens per second", f"{statistics.median(speeds):,.0f}", f"median of the {where}"))
-    verdicts = {
-        name: sum(row.get(f"verdict_{name}") or 0 for row in rlvr) for name in ("timeout", "crashed", "unparseable_gold")
-    }
+    troubles = ("timeout", "crashed", "unparseable_gold")
+    verdicts = {name: sum(row.get(f"verdict_{name}") or 0 for row in rlvr) for name in troubles}
     if any(verdicts.values()):
         detail = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in verdicts.items() if count)
         cards.append(("Verdicts without a score", f"{sum(verdicts.values())}", detail))

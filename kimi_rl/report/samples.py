@@ -96,4 +96,5 @@ def _cut(value: Any, missing: str = "") -> str:
     if value is None:
         return missing
     text = str(value)
-    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}… ({len(text) - _MAX_CHARS:,} more characters)"
+    more = len(text) - _MAX_CHARS
+    return f"{text[:_MAX_CHARS]}… ({more:,} more characters)" if more > 0 else text
