@@ -9,7 +9,7 @@ from kimi_rl.rewards.verdict import Status
 Outcome = tuple[Status, str]
 
 _PLAIN = re.compile(r"[-+]?[0-9]{1,1000}")
-_GROUPED = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3}){1,300}")
+_GROUPED = re.compile(r"[-+]?[1-9][0-9]{0,2}(?:,[0-9]{3}){1,300}")
 _CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm|mathbf)\{)?\s*\(?\s*([A-Za-z])\s*\)?\s*\.?\s*\}?\s*\.?")
 
 

@@ -20,6 +20,7 @@ from kimi_rl.rewards.numeric import (
     constants_equal,
     expressions_equal,
     rounds_to,
+    unknowns,
 )
 from kimi_rl.rewards.reading import Based, Items, Matrix, Node, Relation, Scalar, Sequence, Union, Words, read, words_of
 
@@ -112,7 +113,7 @@ def _equal_list_and_other(gold: Node, answer: Node) -> bool:
     """A comma list against a tuple `(1, 2)` (in the tuple's order) or, of inequalities, against a union."""
     items, other = (gold, answer) if isinstance(gold, Items) else (answer, gold)
     assert isinstance(items, Items)
-    if isinstance(other, Sequence) and (other.opening, other.closing) == ("(", ")"):
+    if isinstance(other, Sequence) and not items.braces and (other.opening, other.closing) == ("(", ")"):
         return _equal_in_order(gold.items, answer.items)  # type: ignore[union-attr]
     if isinstance(other, Union) and all(isinstance(item, Sequence) and item.label for item in items.items):
         return _matches_in_any_order(gold.items, answer.items)  # type: ignore[union-attr]
@@ -132,7 +133,7 @@ def _equal_relation(gold: Node, answer: Node) -> bool:
         if gold.label and gold.label == answer.label:
             return _chain_is(answer, gold.sides[-1])
         # "x = 5" is a solution: an equation that merely has it (2x + 3 = 13, copied from the question) is none.
-        if gold.label and not _free_symbols(gold.sides[-1]):
+        if gold.label and not _has_unknowns(gold.sides[-1]):
             return False
         return _equivalent_relations(gold, answer)
     if isinstance(gold, Relation):
@@ -146,18 +147,20 @@ def _chain_is(answer: Relation, gold: Node) -> bool:
     return all(_equal(gold, side) for side in answer.sides[1:])
 
 
-def _free_symbols(node: Node) -> bool:
+def _has_unknowns(node: Node) -> bool:
     if isinstance(node, Scalar):
-        return bool(node.expr.free_symbols)
-    return any(_free_symbols(item) for item in getattr(node, "items", ()))
+        return bool(unknowns(node.expr))
+    return any(_has_unknowns(item) for item in getattr(node, "items", ()))
 
 
 def _equivalent_relations(gold: Relation, answer: Relation) -> bool:
     """Both are `left op right`, and left - right of one is a constant times that of the other."""
+    if gold.ops == answer.ops and _equal_in_order(gold.sides, answer.sides):
+        return True
     differences = []
     for relation in (gold, answer):
         if len(relation.ops) != 1:
-            return len(gold.ops) == len(answer.ops) and gold.ops == answer.ops and _equal_in_order(gold.sides, answer.sides)
+            return False
         sides = [sympy.Symbol(s.text, real=True) if isinstance(s, Words) else getattr(s, "expr", None) for s in relation.sides]
         if None in sides:
             return False
@@ -178,7 +181,7 @@ def _equal_scalars(gold: Scalar, answer: Scalar) -> bool:
     if not isinstance(a, sympy.Expr) or not isinstance(b, sympy.Expr):
         return bool(math_verify(a, b, float_rounding=12, timeout_seconds=None))
     try:
-        if a.free_symbols or b.free_symbols:
+        if unknowns(a) or unknowns(b):
             return expressions_equal(a, b)
         if constants_equal(a, b):
             return True

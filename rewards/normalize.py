@@ -32,7 +32,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)", ""),
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\(?:displaystyle|limits|nolimits|textstyle)(?![A-Za-z])", ""),
-        (r"\\phantom\{[^{}]*\}", ""),
+        (r"\\phantom\s*(?:\{[^{}]*\}|.)", ""),
         (r"(?<=\d),\\!(?=\d{3})", ""),
         (r"\\!|\{\\!\}", ""),
         (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])", " "),

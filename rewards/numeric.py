@@ -97,6 +97,11 @@ def _bounded(value: Fraction) -> Fraction:
     return value
 
 
+def unknowns(expr: sympy.Basic) -> set[sympy.Basic]:
+    """Symbols and applications of unknown functions, `f(2)`, which count as one unknown each."""
+    return expr.atoms(sympy.Symbol, AppliedUndef)
+
+
 class _Evaluator:
     """Evaluates at the precision set in `mp`, and notes the largest power of ten met (of values and their inverses)."""
 
@@ -124,7 +129,9 @@ class _Evaluator:
         if isinstance(expr, sympy.Float):
             return mpf(str(expr))
         if isinstance(expr, (sympy.Symbol, AppliedUndef)):
-            value = self.values[str(expr)]
+            value = self.values.get(str(expr))
+            if value is None:
+                raise Unsupported(f"the symbol {expr}")
             return mpf(value.numerator) / value.denominator
         for constant, value in ((sympy.pi, mp.pi), (sympy.E, mp.e), (sympy.I, mpc(0, 1)), (sympy.GoldenRatio, mp.phi)):
             if expr is constant:
@@ -240,7 +247,7 @@ def constant_ratio(a: sympy.Basic, b: sympy.Basic) -> int:
 
 
 def _at_points(a: sympy.Basic, b: sympy.Basic):
-    atoms = {str(atom) for expr in (a, b) for atom in expr.atoms(sympy.Symbol, AppliedUndef)}
+    atoms = {str(atom) for atom in unknowns(a) | unknowns(b)}
     imaginary = any(expr.has(sympy.I) for expr in (a, b))
     for point in range(_POINTS):
         values = {name: _coordinate(name, point) for name in atoms}

@@ -227,6 +227,8 @@ class VerifierPool:
                     self._replace(worker, "crashed", "the verifier worker died", results)
                 elif reply and not worker.ready:
                     worker.ready = True
+                elif "input_error" in reply:
+                    raise InputError(reply["input_error"])
                 elif reply:
                     assert worker.task is not None
                     answer = worker.task[0]

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import sympy
-from latex2sympy2_extended.latex2sympy2 import latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 from math_verify.grader import should_treat_as_complex
 
 from kimi_rl.rewards.normalize import Unreadable, closes_at_end, split_top, squash
+from kimi_rl.rewards.numeric import unknowns
 from kimi_rl.rewards.units import split_unit
 
 
@@ -46,9 +47,10 @@ class Based:
 
 @dataclass(frozen=True)
 class Items:
-    """Several answers in no order: `1, 2`, `\\{1, 2\\}`, `\\pm 3`."""
+    """Several answers in no order: `1, 2`, `\\{1, 2\\}`, `\\pm 3`. `braces`: written as a set."""
 
     items: tuple
+    braces: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,10 +86,12 @@ class Relation:
 
 Node = Words | Scalar | Based | Items | Sequence | Union | Matrix | Relation
 
+# The parser's default makes P and p, Omega and omega one symbol.
+_CASE_COUNTS = ConversionConfig(lowercase_symbols=False)
 _RELATION = r"\\leq|\\geq|\\neq|\\approx|\\in(?![A-Za-z])|:=|<|>|="
-_INTEGER = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+|[-+]?\d+")
-_DECIMAL = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d*)\.\d*")
-_THOUSANDS = re.compile(r"(?<![\d,.])(\d{1,3}(?:,\d{3})+)(?![\d,])")
+_INTEGER = re.compile(r"[-+]?[1-9]\d{0,2}(?:,\d{3})+|[-+]?\d+")
+_DECIMAL = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)\.\d*")
+_THOUSANDS = re.compile(r"(?<![\d,.])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
 _FRACTION = re.compile(r"\\frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*([-+]?\d+)\s*\}|(\d+)\s*/\s*(\d+)")
 _MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s(\d+)\s*/\s*(\d+))")
 _SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))\s*(?:[eE]|(?:\\times|\\cdot|x)\s*10\s*\^)\s*\{?\s*([-+]?\d{1,6})\s*\}?")
@@ -125,12 +129,22 @@ def read(text: str) -> Node:
         rows = [row for row in re.split(r"\\\\", matrix[2]) if row.strip()]
         return Matrix(tuple(tuple(_read_one(cell.strip()) for cell in row.split("&")) for row in rows))
     if "\\begin{" not in text:
-        protected = _THOUSANDS.sub(lambda match: match[1].replace(",", ""), text) if text[0] not in "([\\" else text
-        parts = [part for part in split_top(protected, r",|;") if part]
+        text = _join_thousands(text)
+        parts = [part for part in split_top(text, r",|;") if part]
         if len(parts) > 1:
             return Items(tuple(_read_one(part) for part in parts))
-        text = protected
     return _read_one(text)
+
+
+def _join_thousands(text: str) -> str:
+    """`1,234` as 1234 wherever it stands outside brackets; inside them the comma separates."""
+
+    def join(match: re.Match[str]) -> str:
+        before = text[: match.start()]
+        depth = sum(before.count(char) for char in "([{") - sum(before.count(char) for char in ")]}")
+        return match[1].replace(",", "") if depth == 0 else match[1]
+
+    return _THOUSANDS.sub(join, text)
 
 
 def _read_one(text: str) -> Node:
@@ -146,7 +160,9 @@ def _read_one(text: str) -> Node:
             return _read_relation(text, sides)
     if text.startswith("\\{") and text.endswith("\\}") and closes_at_end(text[1:]):
         inner = text[2:-2].strip()
-        return Items(tuple(_read_one(part) for part in split_top(inner, r",|;"))) if inner else Words("\\emptyset")
+        if not inner:
+            return Words("\\emptyset")
+        return Items(tuple(_read_one(part) for part in split_top(inner, r",|;")), braces=True)
     if text[0] in "([" and closes_at_end(text):
         parts = split_top(text[1:-1], r",|;")
         if len(parts) > 1:
@@ -184,7 +200,7 @@ def _interval(nodes: tuple, ops: list[str], sides: list[str]) -> Sequence | None
     up, down = {"<": "open", "\\leq": "closed"}, {">": "open", "\\geq": "closed"}
     names = [_label(side) for side in sides]
     bounds = [node for node, name in zip(nodes, names, strict=True) if name is None]
-    if not all(isinstance(node, Scalar) and not node.expr.free_symbols for node in bounds):
+    if not all(isinstance(node, Scalar) and not unknowns(node.expr) for node in bounds):
         return None
     if len(ops) == 2 and names[1] and not names[0] and not names[2]:
         if all(op in down for op in ops):
@@ -268,7 +284,7 @@ def _plain_number(text: str) -> tuple[Fraction, str | None] | None:
 
 def _parse(text: str) -> sympy.Basic:
     """The sympy tree of one LaTeX expression, unevaluated, decimals as exact fractions. Raises Unreadable."""
-    if re.search(r"\d\s+\d", text):
+    if re.search(r"(?<![_\d])\d+\s+\d", text):
         raise Unreadable("two numbers stand side by side")
     if re.search(r"(?<![A-Za-z}])\d+\s*_", text):
         raise Unreadable("a number has a subscript")
@@ -281,7 +297,11 @@ def _parse(text: str) -> sympy.Basic:
     text = re.sub(r"\\exp\s*\\\{(.*)\\\}", r"\\exp(\1)", text)
     try:
         expr = latex2sympy(
-            text, is_real=not should_treat_as_complex(text), convert_degrees=False, normalization_config=None
+            text,
+            is_real=not should_treat_as_complex(text),
+            convert_degrees=False,
+            normalization_config=None,
+            conversion_config=_CASE_COUNTS,
         )
     except MemoryError:
         raise

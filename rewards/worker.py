@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 
+from kimi_rl.errors import InputError
 from kimi_rl.rewards.kinds import load_function
 from kimi_rl.rewards.verdict import Verdict
 
@@ -57,7 +58,7 @@ def write_all(fd: int, data: bytes) -> None:
 
 
 def run_one(kind: str, answer: str, gold: str) -> dict:
-    """Compute one verdict in this process. Every exception becomes a status."""
+    """Compute one verdict in this process. Every exception becomes a status, a bad import path an `input_error`."""
     try:
         if kind == "math":
             from kimi_rl.rewards.math_equal import math_equal
@@ -66,6 +67,8 @@ def run_one(kind: str, answer: str, gold: str) -> dict:
             verdict = Verdict.of(status, None, reason)
         else:
             verdict = _own_verdict(load_function(kind)(answer, gold))
+    except InputError as error:
+        return {"input_error": str(error)}
     except MemoryError:
         verdict = Verdict.of("crashed", None, "the comparison ran out of the verifier's memory limit")
     except Exception as error:  # noqa: BLE001 - whatever a comparison raises must become a verdict
@@ -142,7 +145,9 @@ def main() -> None:
     # Whatever a user's function prints must not end up in the protocol.
     out = os.dup(1)
     os.dup2(2, 1)
-    import kimi_rl.rewards.math_equal  # noqa: F401 - imported once, before the fork
+    # Once, before any fork: the imports, and the tables that the LaTeX parser builds at its first expressions.
+    for warm_up in ("\\frac{x^{2}}{2}+1", "(\\sqrt{2}, -\\pi)", "f(x)=\\sin(2x)", "\\{1, 2\\}"):
+        run_one("math", warm_up, warm_up + " ")
 
     parent = os.getppid()
     reader = LineReader(0)
