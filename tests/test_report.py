@@ -32,10 +32,12 @@ def rlvr_row(step: int, **more) -> dict:
     return {"type": "train", "stage": "rlvr", "kind": "rlvr", "step": step, "steps_total": 60,
             "reward": step / 100, "accuracy": step / 100, "completion_length": 20.5, "truncated_share": 0.1,
             "entropy": 0.5, "kl": 0.001, "loss": 0.01, "grad_norm": 0.4, "learning_rate": 1e-4,
-            "mismatch_kl": 1e-5 * step, "mismatch_mean_abs": 1e-5, "mismatch_max_abs": 1e-3, "mismatch_ratio_p01": 0.99,
+            "mismatch_kl": 1e-5 * step, "mismatch_mean_abs": 1e-5, "mismatch_max_abs": 1e-3,
+            "mismatch_ratio_p01": 0.99,
             "mismatch_ratio_p99": 1.01, "is_truncated_share": 0.0, "is_ratio_mean": 1.0,
             "verdict_correct": step, "verdict_wrong": 100 - step, "verdict_no_answer": 28,
-            "verdict_timeout": 1, "verdict_crashed": 0, "zero_std_share": 0.3, "tokens_per_s": 1000.0 + step, "rollout_s": 1.0, "sync_s": 0.1,
+            "verdict_timeout": 1, "verdict_crashed": 0, "zero_std_share": 0.3,
+            "tokens_per_s": 1000.0 + step, "rollout_s": 1.0, "sync_s": 0.1,
             "learner_s": 0.9, "step_s": 2.0, "workers_restarted": 1, "time": time.time(), **more}  # fmt: skip
 
 
