@@ -211,6 +211,15 @@ def test_empty_boxes_are_dropped_with_a_list(tmp_path):
     ]
 
 
+def test_overlap_of_given_splits_is_reported(tmp_path, caplog):
+    write_jsonl(tmp_path / "train.jsonl", plain_rows(20))
+    write_jsonl(
+        tmp_path / "test.jsonl", [{"question": "what is 7  plus 7", "answer": "14"}, *plain_rows(3, 90)]
+    )
+    load(tmp_path)
+    assert "1 held-out problems are training problems too: test/1 = train/8" in caplog.text
+
+
 def test_awkward_bytes_in_jsonl(tmp_path):
     """Byte order mark, blank lines, Windows line ends, and Unicode line separators inside a text."""
     rows = [row | {"question": row["question"] + "\u2028\x85 really?"} for row in plain_rows(12)]
@@ -235,6 +244,7 @@ def test_task_rows():
 def test_task_defaults_and_answer_kinds():
     small = load(task="arithmetic", params={"level": 1, "digits": 1})
     assert len(small.train) + len(small.held_out) == 81
+    assert len(load(task="stack", evaluation=True).train) == 0
     kinds = {
         t: load(task=t, train_size=2, held_out_size=2).answer_kind for t in ("arithmetic", "mqar", "stack")
     }

@@ -61,16 +61,17 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
     Without a split for evaluation, problems are held out of the training split by `section.seed`.
     `train_size` and `held_out_size` draw a subset, also by seed, kept in source order; unset: all training
     problems and up to 256 held-out ones. `evaluation=True` is for measuring a model only: the training split
-    may be missing (MATH-500), a single file is held out whole, and `held_out_size` unset means all.
+    may be missing (MATH-500), a single file is held out whole, a task makes no training problems, and
+    `held_out_size` unset means all.
 
     Raises InputError for an unknown task, parameter, file, folder or hub set, for a malformed row (with file
     and row number), for rows without an answer, and for sizes that the data cannot give.
     """
     if section.task is not None:
-        return _from_task(section)
+        return _from_task(section, evaluation)
     found = _from_path(str(section.path), evaluation)
-    _report(found.name, found.dropped)
     train, held_out = found.train, found.held_out
+    _report(found)
     if not train and not evaluation:
         raise InputError(
             f"data.path: {found.name} has no training problems, only some to evaluate on; use `eval`"
@@ -95,7 +96,7 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
     )
 
 
-def _from_task(section: DataSection) -> Problems:
+def _from_task(section: DataSection, evaluation: bool) -> Problems:
     task = get_task(str(section.task))
     params = task.parse_params(section.params)
     sizes = {"train": section.train_size, "held_out": section.held_out_size}
@@ -103,6 +104,8 @@ def _from_task(section: DataSection) -> Problems:
     made = {}
     for split in ("train", "held_out"):
         wanted = sizes[split] or defaults[split]
+        if split == "train" and evaluation:
+            wanted = 0
         problems = task.problems(wanted, split, section.seed, params)
         if sizes[split] and len(problems) < wanted:
             raise InputError(
@@ -299,7 +302,17 @@ def _dataset(rows: list[Row], instruction: str) -> datasets.Dataset:
     return datasets.Dataset.from_dict(columns, features=FEATURES)
 
 
-def _report(name: str, dropped: list[str]) -> None:
-    if dropped:
-        shown = "; ".join(dropped[:3]) + ("; ..." if len(dropped) > 3 else "")
-        log.warning("%s: left out %d rows without a usable answer: %s", name, len(dropped), shown)
+def _report(found: _Found) -> None:
+    if found.dropped:
+        shown = "; ".join(found.dropped[:3]) + ("; ..." if len(found.dropped) > 3 else "")
+        count = len(found.dropped)
+        log.warning("%s: left out %d rows without a usable answer: %s", found.name, count, shown)
+    trained = {fingerprint(row.question): row.id for row in found.train}
+    both = [
+        f"{row.id} = {trained[text]}"
+        for row in found.held_out
+        if (text := fingerprint(row.question)) in trained
+    ]
+    if both:
+        shown = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
+        log.warning("%s: %d held-out problems are training problems too: %s", found.name, len(both), shown)
