@@ -112,11 +112,19 @@ def _run_stages(
 
 
 def _worker_environment() -> dict[str, str]:
-    """Ray's workers must import the same package as this process, from a checkout as from a wheel."""
+    """Environment of Ray's workers: the same package as this process, and threads that do not spin.
+
+    Learner and rollout workers take turns on the same cores; OpenMP threads that spin while they wait would take
+    them from whoever's turn it is.
+    """
     import kimi_rl
 
     root = str(Path(kimi_rl.__file__).resolve().parent.parent)
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+    return {
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _start_model(recipe: Recipe, run_dir: RunDir, view: ProgressView | None) -> str:

@@ -132,7 +132,9 @@ class MismatchGate(Section):
 class RewardSection(Section):
     """How a completion is scored."""
 
-    kind: Literal["math", "exact"] = Field("math", description="`math`: equivalence; `exact`: the same text.")
+    kind: Literal["auto", "math", "exact"] = Field(
+        "auto", description="`math`: equivalence; `exact`: the same text; `auto`: what the data set needs."
+    )
     extract: list[Literal["boxed", "hash", "answer"]] = Field(["boxed", "hash"], min_length=1)
     deadline_s: float = Field(5.0, gt=0, description="A verdict that takes longer is `timeout`, scored 0.")
     workers: Positive = 1

@@ -92,7 +92,7 @@ def evaluate_model(
     with VerifierPool(workers=1, deadline_s=reward.deadline_s) as verifier:
         figures, records = evaluate(
             loaded.generate,
-            lambda pairs: verifier.verify_many(list(pairs), kind=reward.kind, extract=tuple(reward.extract)),
+            lambda pairs: verifier.verify_many(list(pairs), kind=problems.answer_kind, extract=tuple(reward.extract)),
             prompts,
             list(rows["answer"]),
             lambda ids: tokenizer.decode(ids, skip_special_tokens=True),

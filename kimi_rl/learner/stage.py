@@ -90,7 +90,8 @@ class StageContext:
 
     def verify(self, pairs: Sequence[tuple[str, str]]):
         reward = self.recipe.reward
-        return self.verifier.verify_many(list(pairs), kind=reward.kind, extract=tuple(reward.extract))
+        kind = self.problems.answer_kind if reward.kind == "auto" else reward.kind
+        return self.verifier.verify_many(list(pairs), kind=kind, extract=tuple(reward.extract))
 
     # --- weights and evaluation -------------------------------------------------------------------------------
 
