@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,6 +182,9 @@ def print_json(value: Any) -> None:
 
 def main() -> None:
     """Entry point: bad input is one line and exit code 2, a failed run one line and exit code 1."""
+    if not sys.warnoptions:  # libraries' import-time warnings would bury the one line that matters; `-W` shows them
+        warnings.simplefilter("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app(standalone_mode=False)
     except InputError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from kimi_rl.progress import ProgressView, follow
 from kimi_rl.recipe import Recipe
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
-from kimi_rl.run_dir import RunDir, atomic_dir
+from kimi_rl.run_dir import RunDir
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None) -> dict[str, Any]:
@@ -95,8 +94,7 @@ def _run_stages(
             start_model = result["model"]
             done.append(result)
             run_dir.save_state({"status": "running", "stages": done})
-        with atomic_dir(run_dir.path / "model") as folder:
-            shutil.copytree(start_model, folder, dirs_exist_ok=True)
+        run_dir.publish_model(Path(start_model))
         run_dir.save_state({"status": "finished", "stages": done})
     except Exception as error:
         run_dir.save_state({"status": "failed", "error": str(error), "stages": done})
@@ -135,10 +133,13 @@ def _start_model(recipe: Recipe, run_dir: RunDir, view: ProgressView | None) -> 
     if not (folder / "config.json").is_file():
         if view is not None:
             view.status("building the model")
+        from transformers.utils import logging
+
         from kimi_rl.dataset import load_problems
         from kimi_rl.model.load_save import create_model, save_model
         from kimi_rl.tokenizer import build_tokenizer
 
+        logging.disable_progress_bar()
         train_rows = load_problems(recipe.data).train
         texts = [f"{q}\n{s}" for q, s in zip(train_rows["question"], train_rows["solution"], strict=True)]
         tokenizer = build_tokenizer(recipe.tokenizer, texts)

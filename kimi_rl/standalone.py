@@ -35,8 +35,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def _open(model: str, engine: str, *, longest: int, seed: int, policy_version: int = 0):
     import torch
+    from transformers.utils import logging
 
     from kimi_rl.rollout.worker import build_engine
+
+    logging.disable_progress_bar()
 
     torch.set_num_threads(os.cpu_count() or 1)
     return build_engine(
@@ -80,7 +83,7 @@ def evaluate_model(
 
     _check(model, engine)
     section = parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", data, where="eval").data
-    problems = load_problems(section)
+    problems = load_problems(section, evaluation=True)
     tokenizer = load_tokenizer(model)
     rows = problems.held_out
     prompts = [
