@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def source(tmp_path_factory):
         else:
             shutil.copy(path, folder / name)
     return folder
+
+
+def test_every_package_folder_is_listed():
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    found = {"kimi_rl.kernels"}  # without `__init__.py` on purpose
+    for top, name in (("kimi_rl", "kimi_rl"), ("rewards", "kimi_rl.rewards"), ("kernels", "kimi_rl.kernels")):
+        for init in (ROOT / top).rglob("__init__.py"):
+            found.add(".".join([name, *init.parent.relative_to(ROOT / top).parts]))
+    assert listed == found
 
 
 def pip(*args):
