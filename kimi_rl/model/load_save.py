@@ -55,12 +55,15 @@ def load_model(
         # vLLM would apply the bound and transformers would not: rollouts and gradients would disagree.
         raise InputError(f"model.path: {path} sets linear_attn_config.gate_lower_bound, which is not supported")
     try:
-        model, info = KimiLinearForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        # Mismatches are "ignored" only to be reported below, by name.
+        model, info = KimiLinearForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"model.path: cannot load {path}: {_one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info.get(what):
-            raise InputError(f"model.path: {path} has {len(keys)} {what.replace('_', ' ')}, first {sorted(keys)[0]}")
+            raise InputError(f"model.path: {path} has {len(keys)} {what.replace('_', ' ')}, first {min(map(str, keys))}")
     return model.to(device).eval()
 
 

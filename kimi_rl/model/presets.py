@@ -12,6 +12,7 @@ import difflib
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import KimiLinearConfig
 
 from kimi_rl.errors import InputError
@@ -159,7 +160,7 @@ def _checked_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
 def _config(fields: dict[str, Any], layer_types: list[str]) -> KimiLinearConfig:
     try:
         config = KimiLinearConfig(**fields, layer_types=list(layer_types))
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
         raise InputError(f"model.overrides: {' '.join(str(error).split())}") from error
     return complete_config(config)
 
