@@ -49,7 +49,6 @@ _RESERVED = {
 }
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
 _KEPT_FLOAT32 = (".A_log", ".dt_bias", "_conv1d.weight", ".e_score_correction_bias")
-_SEED_MASK = 2**63 - 1  # vLLM hands the seed to torch.Generator
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,20 @@ class VLLMEngine:
         from kimi_rl.rollout.vllm_plugin import register
 
         register()
-        self._llm = LLM(
-            model=str(folder),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            seed=seed,
-            skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs",
-            **arguments,
-        )
+        set_num_threads = torch.set_num_threads
+        try:
+            self._llm = LLM(
+                model=str(folder),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                seed=seed,
+                skip_tokenizer_init=True,
+                logprobs_mode="processed_logprobs",
+                **arguments,
+            )
+        finally:
+            torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
         held: list[torch.nn.Module] = []
         self._llm.apply_model(held.append)
         self._model = held[0]
@@ -137,7 +140,7 @@ class VLLMEngine:
                 max_tokens=params.max_tokens,
                 temperature=params.temperature,
                 top_p=params.top_p if params.temperature > 0 else 1.0,
-                seed=request.seed & _SEED_MASK,
+                seed=_generator_seed(request.seed),
                 stop_token_ids=self._eos_ids,
                 logprobs=0,  # the sampled token's alone
                 detokenize=False,
@@ -281,6 +284,17 @@ class VLLMEngine:
 def _value_checksum(tensor: torch.Tensor) -> int:
     """Checksum in which -0.0 equals 0.0: reading a packed weight back through a product loses the sign of zero."""
     return tensor_checksum(tensor + 0.0)
+
+
+def _generator_seed(seed: int) -> int:
+    """`seed` (64 bits) scrambled by splitmix64 into the 63 bits that vLLM takes.
+
+    torch's CPU generator reads the low 32 bits alone: unscrambled, seeds that differ above them would draw the same.
+    """
+    x = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (x ^ (x >> 31)) & 0x7FFFFFFFFFFFFFFF
 
 
 def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any]:

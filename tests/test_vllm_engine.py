@@ -1,0 +1,315 @@
+"""The vLLM engine on a CPU against a plain forward of the same weights, and its weight updates under faults."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+if torch.cuda.is_available():
+    pytest.skip("the CPU plugin is inert on a GPU", allow_module_level=True)
+
+from kimi_rl.errors import InputError
+from kimi_rl.model.load_save import load_model
+from kimi_rl.model.naming import to_checkpoint
+from kimi_rl.rollout.engine import Request, SamplingParams
+from kimi_rl.rollout.sampling import processed_logprobs
+from kimi_rl.rollout.vllm_engine import VLLMEngine
+from kimi_rl.weight_sync import WeightSyncError, WeightUpdate, apply_update, tensor_checksum
+
+ARCHS = [("hybrid", "dense"), ("hybrid", "moe"), ("mla", "dense")]
+MAX_LEN = 160
+
+
+def start_engine(folder, dtype="float32"):
+    # One thread: idle OpenMP threads spin, and on a busy machine that costs far more than the second core brings.
+    torch.set_num_threads(1)
+    return VLLMEngine(str(folder), max_model_len=MAX_LEN, max_num_seqs=8, dtype=dtype)
+
+
+@pytest.fixture(scope="module", params=ARCHS, ids="-".join)
+def served(request, tiny_models):
+    threads = torch.get_num_threads()
+    folder = tiny_models[request.param]
+    engine = start_engine(folder)
+    yield SimpleNamespace(engine=engine, folder=folder, moe=request.param[1] == "moe", hybrid=request.param[0] == "hybrid")
+    engine.close()
+    torch.set_num_threads(threads)
+
+
+def weights_of(folder, seed):
+    """A model whose every tensor differs from the one in `folder`; seed 0 is that one."""
+    model = load_model(str(folder))
+    generator = torch.Generator().manual_seed(seed)
+    if seed:
+        with torch.no_grad():
+            for _, tensor in to_checkpoint(model):
+                tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.05)
+    return model
+
+
+def update(engine, model, version=1):
+    engine.begin_update()
+    engine.load_weights(to_checkpoint(model))
+    engine.finish_update(version)
+
+
+def ragged_requests(seed, count=12, vocab=200):
+    rng = np.random.default_rng(seed)
+    lengths = [1, 2, *rng.integers(3, 90, size=count - 2)]
+    return [Request(rng.integers(10, vocab, size=n).tolist(), seed=1000 * seed + i) for i, n in enumerate(lengths)]
+
+
+def logits_of(model, request, completion):
+    """Logits of a plain forward that `completion`'s tokens were drawn from: [tokens, V]."""
+    prompt = list(request.prompt_ids)
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
+
+
+def check_against_forward(engine, model, seed):
+    requests = ragged_requests(seed)
+    greedy = engine.generate(requests, SamplingParams(48, temperature=0.0))
+    assert sum(len(c.token_ids) == 48 for c in greedy) >= 8, "want at least 8 completions of full length"
+    for params in (SamplingParams(48, 0.0), SamplingParams(24), SamplingParams(24, temperature=0.7, top_p=0.8)):
+        completions = greedy if params.temperature == 0 else engine.generate(requests, params)
+        for request, completion in zip(requests, completions, strict=True):
+            logits = logits_of(model, request, completion)
+            tokens = torch.tensor(completion.token_ids)
+            if params.temperature == 0:
+                assert logits.argmax(-1).tolist() == completion.token_ids
+            expected = processed_logprobs(logits, params.temperature, params.top_p)
+            expected = expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+            assert torch.isfinite(expected).all()
+            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
+
+
+def test_equals_a_plain_forward_before_and_after_three_updates(served):
+    for version in range(4):
+        model = weights_of(served.folder, version)
+        if version:
+            update(served.engine, model, version)
+            assert served.engine.policy_version == version
+        check_against_forward(served.engine, model, seed=version + 1)
+        expected = {name: tensor_checksum(tensor) for name, tensor in to_checkpoint(model)}
+        held = served.engine.checksums()
+        assert held.keys() == expected.keys()
+        if version:  # before any update, -0.0 and 0.0 are not told apart
+            assert held == expected
+
+
+def test_samples_depend_on_their_seed_alone(served):
+    requests, params = ragged_requests(5), SamplingParams(24)
+    together = served.engine.generate(requests, params)
+    apart = [served.engine.generate([request], params)[0] for request in requests[::-1]][::-1]
+    assert [c.token_ids for c in together] == [c.token_ids for c in apart]
+    others = served.engine.generate([Request(r.prompt_ids, r.seed + 2**40) for r in requests], params)
+    assert [c.token_ids for c in together] != [c.token_ids for c in others]
+
+
+def test_stop_and_length_reasons(served):
+    eos = json.loads((served.folder / "config.json").read_text())["eos_token_id"]
+    requests = [Request([10 + i % 90], seed=i) for i in range(60)]
+    completions = served.engine.generate(requests, SamplingParams(60))
+    assert {c.finish_reason for c in completions} == {"stop", "length"}, "want both kinds in this sample"
+    for completion in completions:
+        assert len(completion.token_ids) == len(completion.logprobs)
+        assert completion.policy_version == served.engine.policy_version
+        stopped = completion.finish_reason == "stop"
+        assert completion.token_ids.count(eos) == stopped and (completion.token_ids[-1] == eos) == stopped
+        assert stopped or len(completion.token_ids) == 60
+
+
+def droppable(served):
+    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.kv_b_proj.weight"]
+    if served.hybrid:
+        names += [f"model.layers.1.self_attn.{n}" for n in ("q_proj.weight", "k_conv1d.weight", "A_log")]
+    if served.moe:
+        moe = "model.layers.1.block_sparse_moe"
+        names += [f"{moe}.gate.e_score_correction_bias", f"{moe}.experts.3.w3.weight"]
+    return names
+
+
+def test_a_dropped_tensor_is_never_served(served):
+    engine, old, new = served.engine, weights_of(served.folder, 1), weights_of(served.folder, 2)
+    update(engine, old)
+    request = ragged_requests(6, count=3)
+    before = engine.generate(request, SamplingParams(8, 0.0))
+    for name in droppable(served):
+        engine.begin_update()
+        engine.load_weights((n, t) for n, t in to_checkpoint(new) if n != name)
+        with pytest.raises(WeightSyncError, match=name):
+            engine.finish_update(9)
+        with pytest.raises(RuntimeError, match="incomplete weight update"):
+            engine.generate(request, SamplingParams(8))
+        assert engine.policy_version == 1
+    update(engine, old)  # after all these failures a whole update is served, unharmed
+    assert engine.generate(request, SamplingParams(8, 0.0)) == before
+
+
+def test_a_stale_tensor_in_the_engine_is_detected(served, monkeypatch):
+    """The sender sent everything; the loader kept one old shard. Only reading back what is served can tell."""
+    engine = served.engine
+    old = dict(to_checkpoint(weights_of(served.folder, 1)))
+    new = weights_of(served.folder, 2)
+    load = engine._model.load_weights
+    for name in droppable(served):
+        engine.begin_update()
+        with monkeypatch.context() as patch:
+            stale = {name: old[name]}
+            patch.setattr(
+                engine._model, "load_weights", lambda ws, s=stale: load((n, s.get(n, t)) for n, t in ws)
+            )
+            engine.load_weights(to_checkpoint(new))
+        with pytest.raises(WeightSyncError, match=f"1 tensors differ.*{name}"):
+            engine.finish_update(9)
+        with pytest.raises(RuntimeError, match="incomplete weight update"):
+            engine.generate(ragged_requests(6, count=1), SamplingParams(8))
+    update(engine, new, 3)
+
+
+def test_changed_kernel_weights_are_seen(served, monkeypatch):
+    engine = served.engine
+    update(engine, weights_of(served.folder, 1))
+    whole = engine.checksums()
+    attention = engine._model.get_submodule("model.layers.3.self_attn.mla_attn.mla_attn")
+    attention.W_UV[0, 0, 0] += 1  # an absorbed matrix that decoding uses, no longer that of `kv_b_proj`
+    changed = {name for name, checksum in engine.checksums().items() if checksum != whole[name]}
+    assert changed == {"model.layers.3.self_attn.kv_b_proj.weight"}
+    if served.moe:
+        from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
+
+        with monkeypatch.context() as patch:  # vLLM without the plugin's repair: experts are not packed at a reload
+            patch.setattr(CPUUnquantizedExperts, "process_weights_after_loading", lambda self, layer: None)
+            with pytest.raises(WeightSyncError, match=r"tensors differ.*experts\.0\."):
+                update(engine, weights_of(served.folder, 2))
+    update(engine, weights_of(served.folder, 1))
+    assert engine.checksums() == whole
+
+
+def test_generation_is_refused_until_an_interrupted_update_is_sent_again(served):
+    engine, new = served.engine, weights_of(served.folder, 3)
+
+    def broken_off():
+        for index, item in enumerate(to_checkpoint(new)):
+            if index == 20:
+                raise ConnectionError("sender died")
+            yield item
+
+    engine.begin_update()
+    with pytest.raises(ConnectionError):
+        engine.load_weights(broken_off())
+    with pytest.raises(RuntimeError, match="incomplete weight update"):
+        engine.generate(ragged_requests(7, count=1), SamplingParams(4))
+    with pytest.raises(WeightSyncError, match="were not sent"):
+        engine.checksums()
+    update(engine, new, 4)
+    check_against_forward(engine, new, seed=8)
+
+
+def test_an_update_in_several_calls(served):
+    engine, new = served.engine, weights_of(served.folder, 2)
+    engine.begin_update()
+    weights = list(to_checkpoint(new))
+    layers = [[w for w in weights if f"layers.{i}." in w[0]] for i in range(4)]
+    engine.load_weights(w for w in weights if "layers." not in w[0])
+    for layer in reversed(layers):
+        engine.load_weights(layer)
+    engine.finish_update(5)
+    assert engine.checksums() == {name: tensor_checksum(tensor) for name, tensor in weights}
+
+
+def test_bad_tensors_are_refused_on_arrival(served):
+    engine, new = served.engine, weights_of(served.folder, 2)
+    norm = dict(to_checkpoint(new))["model.norm.weight"]
+    bad = {
+        "twice": [("model.norm.weight", norm)] * 2,
+        "not in the engine's checkpoint": [("model.layers.7.mlp.up_proj.weight", norm)],
+        "has shape": [("model.norm.weight", norm[:-1])],
+    }
+    if served.hybrid:
+        name = "model.layers.0.self_attn.dt_bias"
+        bad["must be sent so"] = [(name, dict(to_checkpoint(new))[name].bfloat16())]
+    for message, weights in bad.items():
+        engine.begin_update()
+        with pytest.raises(WeightSyncError, match=message):
+            engine.load_weights(weights)
+    with pytest.raises(RuntimeError):
+        engine.generate(ragged_requests(7, count=1), SamplingParams(4))
+    update(engine, new)
+    with pytest.raises(WeightSyncError, match="begin_update first"):
+        engine.load_weights(to_checkpoint(new))
+    with pytest.raises(WeightSyncError, match="begin_update"):
+        engine.finish_update(9)
+
+
+def test_the_verified_protocol_accepts_it(served):
+    engine = served.engine
+    engine.policy_version = -1
+    weights = list(to_checkpoint(weights_of(served.folder, 1)))
+    checksums = {name: tensor_checksum(tensor) for name, tensor in weights}
+    apply_update(engine, WeightUpdate(0, [weights], checksums))
+    assert engine.policy_version == 0
+    with pytest.raises(WeightSyncError, match="already serves version 0"):
+        apply_update(engine, WeightUpdate(0, [weights], checksums))
+    assert engine.generate(ragged_requests(7, count=1), SamplingParams(4))[0].policy_version == 0
+
+
+def test_prompts_that_do_not_fit_are_refused(served):
+    for prompt in ([], [20] * MAX_LEN):
+        with pytest.raises(InputError, match="request 1"):
+            served.engine.generate([Request([20], 0), Request(prompt, 1)], SamplingParams(4))
+    assert len(served.engine.generate([Request([20] * (MAX_LEN - 1), 0)], SamplingParams(4))[0].token_ids) == 1
+
+
+def test_bfloat16_engine_verifies_float32_updates(tiny_models):
+    """What is served is then the sent tensor rounded to bfloat16; `A_log` and its kin stay as sent."""
+    engine = start_engine(tiny_models["hybrid", "moe"], dtype="bfloat16")
+    try:
+        new = weights_of(tiny_models["hybrid", "moe"], 2)
+        update(engine, new)
+        assert engine.checksums() == {name: tensor_checksum(tensor) for name, tensor in to_checkpoint(new)}
+        layer = engine._model.get_submodule("model.layers.0.self_attn")
+        assert {layer.A_log.dtype, layer.dt_bias.dtype, layer.conv1d.weight.dtype} == {torch.float32}
+        assert torch.equal(layer.dt_bias, dict(to_checkpoint(new))["model.layers.0.self_attn.dt_bias"])
+        requests = ragged_requests(9)
+        for request, completion in zip(requests, engine.generate(requests, SamplingParams(16)), strict=True):
+            expected = logits_of(new, request, completion).log_softmax(-1)
+            expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None]).squeeze(-1)
+            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 0.3
+    finally:
+        engine.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.generate(requests, SamplingParams(4))
+
+
+def test_abort_is_kept():
+    engine = SimpleNamespace(policy_version=3)
+    output = SimpleNamespace(token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-0.5)}], finish_reason="abort")
+    completion = VLLMEngine._completion(engine, output)
+    assert (completion.finish_reason, completion.token_ids, completion.logprobs) == ("abort", [5], [-0.5])
+
+
+@pytest.mark.parametrize("name,value", [("logprobs_mode", "raw_logprobs"), ("tensor_parallel_size", 2)])
+def test_engine_args_that_would_break_it_are_refused(tiny_models, name, value):
+    with pytest.raises(InputError, match=f"rollout.engine_args.{name}"):
+        VLLMEngine(
+            str(tiny_models["mla", "dense"]), max_model_len=MAX_LEN, max_num_seqs=8, engine_args={name: value}
+        )
+
+
+def test_checkpoints_that_vllm_would_misread_are_refused(tiny_models, tmp_path):
+    with pytest.raises(InputError, match="no config.json"):
+        VLLMEngine(str(tmp_path), max_model_len=MAX_LEN, max_num_seqs=8)
+    folder = shutil.copytree(tiny_models["mla", "dense"], tmp_path / "tied")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(InputError, match="tie_word_embeddings"):
+        VLLMEngine(str(folder), max_model_len=MAX_LEN, max_num_seqs=8)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="safetensors"):
+        VLLMEngine(str(folder), max_model_len=MAX_LEN, max_num_seqs=8)
