@@ -1,9 +1,11 @@
-"""Time KDA on the CPU: our chunkwise PyTorch form against transformers' PyTorch fallback, forward and backward.
+"""Time KDA on the CPU: our chunkwise PyTorch form against transformers' PyTorch fallback, forward and
+backward.
 
     python benchmarks/kda_chunk_cpu.py [--out FILE] [--repeats 5] [--heads 4] [--dim 64] [--threads 1]
 
-Prints (and writes) JSON: the median and the best milliseconds of each form per shape, their ratio (best / best), and
-the largest difference of the outputs. The two forms are timed in turns, so that other load hits both. float32.
+Prints (and writes) JSON: the median and the best milliseconds of each form per shape, their ratio (best /
+best), and the largest difference of the outputs. The two forms are timed in turns, so that other load hits
+both. float32.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-# transformers calls Triton whenever fla is importable, on CPU tensors too. Without fla it takes its own PyTorch form.
+# transformers calls Triton whenever fla is importable, on CPU tensors too. Without fla it takes its own
+# PyTorch form.
 sys.modules["fla"] = None
 
 import torch  # noqa: E402
@@ -45,7 +48,9 @@ def run(form, args: list[torch.Tensor]) -> tuple[float, torch.Tensor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--heads", type=int, default=4)

@@ -1,12 +1,13 @@
 """Chooses which implementation of a kernel runs.
 
-Every kernel folder holds a `reference` (plain recurrent PyTorch, any device), a `torch` form (fast PyTorch, any
-device) and, where it pays, an `fla` form (Triton kernels of `fla-core`, NVIDIA GPU only). The choice depends on the
-tensor's device and dtype alone, never on grad mode, so the policy, the old policy and the reference model of one
-training step always run the same arithmetic. (`kda_decode` is the exception that cannot be avoided: see there.)
+Every kernel folder holds a `reference` (plain recurrent PyTorch, any device), a `torch` form (fast PyTorch,
+any device) and, where it pays, an `fla` form (Triton kernels of `fla-core`, NVIDIA GPU only). The choice
+depends on the tensor's device and dtype alone, never on grad mode, so the policy, the old policy and the
+reference model of one training step always run the same arithmetic. (`kda_decode` is the exception that
+cannot be avoided: see there.)
 
-`KIMI_RL_KERNELS=reference|torch|fla|auto` (default `auto`) forces a choice. The first use of each (kernel, choice,
-device) is logged once at INFO level.
+`KIMI_RL_KERNELS=reference|torch|fla|auto` (default `auto`) forces a choice. The first use of each (kernel,
+choice, device) is logged once at INFO level.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def choose(kernel: str, tensor: torch.Tensor, *, has_fla: bool) -> str:
     """Name of the implementation of `kernel` to run on tensors like `tensor`: "reference", "torch" or "fla".
 
     `has_fla` says whether this kernel has an fla form; without one, "fla" means "torch".
-    Raises `InputError` on an unknown value of the environment variable, or where "fla" is forced but cannot run.
+    Raises `InputError` on an unknown value of the environment variable, or where a forced
+    "fla" cannot run.
     """
     forced = os.environ.get(ENV, "auto")
     if forced not in CHOICES:
@@ -48,8 +50,9 @@ def choose(kernel: str, tensor: torch.Tensor, *, has_fla: bool) -> str:
     elif forced == "fla":
         if has_fla and not runnable:
             raise InputError(
-                f"{ENV}=fla: {kernel} got {tensor.dtype} on {tensor.device}, fla installed: {fla_installed()}; "
-                "the fla kernels need an NVIDIA GPU, a dtype below float64 and `pip install flash-linear-attention`"
+                f"{ENV}=fla: {kernel} got {tensor.dtype} on {tensor.device}, fla installed: "
+                f"{fla_installed()}; the fla kernels need an NVIDIA GPU, a dtype below float64 and "
+                "`pip install flash-linear-attention`"
             )
         choice = "fla" if has_fla else "torch"
     else:
@@ -77,7 +80,9 @@ def sequence_bounds(cu_seqlens: torch.Tensor, batch: int, length: int) -> list[i
     if batch != 1:
         raise ValueError(f"packed input (cu_seqlens) needs batch size 1, found {batch}")
     if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != length:
-        raise ValueError(f"cu_seqlens must run from 0 to the packed length {length}, found {bounds[:1]}..{bounds[-1:]}")
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the packed length {length}, found {bounds[:1]}..{bounds[-1:]}"
+        )
     if any(b < a for a, b in zip(bounds, bounds[1:], strict=False)):
         raise ValueError(f"cu_seqlens must not decrease, found {bounds}")
     return bounds

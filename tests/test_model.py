@@ -21,9 +21,15 @@ from kimi_rl.recipe import ModelSection
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 64
 VARIANTS = [(arch, mlp) for arch in ("hybrid", "mla") for mlp in ("dense", "moe")]
-# Large random weights: with the usual 0.02 a token hardly sees its context, and a leak would hardly show. (They also
-# amplify rounding: two correct forms differ by up to 2e-5 here, against leaks above 1.)
-LOUD = {"initializer_range": 0.1, "hidden_size": 32, "linear_head_dim": 8, "intermediate_size": 48, "kv_lora_rank": 16}
+# Large random weights: with the usual 0.02 a token hardly sees its context, and a leak would hardly show.
+# (They also amplify rounding: two correct forms differ by up to 2e-5 here, against leaks above 1.)
+LOUD = {
+    "initializer_range": 0.1,
+    "hidden_size": 32,
+    "linear_head_dim": 8,
+    "intermediate_size": 48,
+    "kv_lora_rank": 16,
+}
 
 
 def config(arch="hybrid", mlp="dense", **overrides):
@@ -50,7 +56,7 @@ def model(request):
     return make_model(*request.param)
 
 
-# One model, many ways to feed it ------------------------------------------------------------------------------------
+# One model, many ways to feed it --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -60,7 +66,8 @@ def test_prefill_and_decoding_equal_the_full_forward(arch, mlp, std, tolerance):
     model, ids = make_model(arch, mlp, initializer_range=std), tokens(2, 90)
     full = model(ids, use_cache=False).logits
     cache, pieces = None, []
-    for part in ids.split([60, 1, 1, 20, 1, 7], dim=1):  # prefill, decode, several tokens at once, decode, ...
+    # Prefill, decode twice, several tokens at once, decode, several again.
+    for part in ids.split([60, 1, 1, 20, 1, 7], dim=1):
         out = model(part, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
         pieces.append(out.logits)
@@ -78,7 +85,9 @@ def test_padding_changes_nothing(model, side):
         ids[i, where], mask[i, where] = row, 1
     logits = model(ids, attention_mask=mask).logits
     for i, row in enumerate(rows):
-        torch.testing.assert_close(logits[i, mask[i].bool()], model(row[None]).logits[0], rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            logits[i, mask[i].bool()], model(row[None]).logits[0], rtol=1e-5, atol=1e-4
+        )
 
 
 @torch.no_grad()
@@ -136,7 +145,9 @@ def test_packed_gradients_equal_padded_gradients(model):
     loss = sum(model(row[None]).logits.log_softmax(-1)[..., 3].sum() for row in rows)
     expected = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     packed = model(torch.cat(rows)[None], cu_seqlens=torch.tensor([0, 30, 47])).logits
-    got = torch.autograd.grad(packed.log_softmax(-1)[..., 3].sum(), list(model.parameters()), allow_unused=True)
+    got = torch.autograd.grad(
+        packed.log_softmax(-1)[..., 3].sum(), list(model.parameters()), allow_unused=True
+    )
     for (name, _), a, b in zip(model.named_parameters(), got, expected, strict=True):
         if a is None or b is None:
             assert a is b, name  # an expert no token chose
@@ -171,7 +182,7 @@ def test_packing_that_would_mix_sequences_is_refused():
         model(ids, cu_seqlens=torch.tensor([0, 4, 9]))
 
 
-# Training -----------------------------------------------------------------------------------------------------------
+# Training -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mlp", ["dense", "moe"])
@@ -224,12 +235,14 @@ def test_no_cache_is_built_while_training():
         assert model(ids).past_key_values is not None
 
 
-# Precision ----------------------------------------------------------------------------------------------------------
+# Precision ------------------------------------------------------------------------------------------------
 
 
 def kept(model):
     return {
-        name: t.dtype for name, t in [*model.named_parameters(), *model.named_buffers()] if t.dtype == torch.float32
+        name: t.dtype
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+        if t.dtype == torch.float32
     }
 
 
@@ -264,7 +277,7 @@ def test_bfloat16_and_autocast_stay_near_float32():
     assert float((narrow - exact).abs().max()) < 0.05 * scale
 
 
-# Presets ------------------------------------------------------------------------------------------------------------
+# Presets --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mlp", ["dense", "moe"])
@@ -273,7 +286,9 @@ def test_hybrid_and_mla_have_the_same_size(size, mlp):
     totals = {}
     for arch in ("hybrid", "mla"):
         section = ModelSection(size=size, arch=arch, mlp=mlp)
-        counts = describe(build_config(section, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=0))
+        counts = describe(
+            build_config(section, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+        )
         parts = ("embedding", "kda", "mla", "mlp", "moe", "norm")
         assert counts["total"] == sum(counts[part] for part in parts)
         assert (counts["kda"] > 0) == (arch == "hybrid") and (counts["moe"] > 0) == (mlp == "moe")
@@ -305,7 +320,8 @@ def test_overrides_reach_the_config():
     assert config(num_experts=4).num_local_experts == config(num_local_experts=4).num_experts == 4
     built = config(linear_head_dim=16, first_k_dense_replace=2, mlp="moe")
     assert built.linear_attn_config["head_dim"] == 16
-    assert built.mlp_layer_types == ["dense", "dense", "sparse", "sparse"] and built.first_k_dense_replace == 2
+    assert built.mlp_layer_types == ["dense", "dense", "sparse", "sparse"]
+    assert built.first_k_dense_replace == 2
 
 
 @pytest.mark.parametrize(
@@ -316,7 +332,10 @@ def test_overrides_reach_the_config():
         ({"overrides": {"hidden_size": "wide"}}, "hidden_size"),
         ({"overrides": {"num_hidden_layers": 0}}, "num_hidden_layers: found 0"),
         ({"overrides": {"layer_types": []}}, "set model.layer_types instead"),
-        ({"layer_types": ["full_attention"], "overrides": {"num_hidden_layers": 3}}, "model.layer_types: found 1"),
+        (
+            {"layer_types": ["full_attention"], "overrides": {"num_hidden_layers": 3}},
+            "model.layer_types: found 1",
+        ),
     ],
 )
 def test_bad_sections_are_named(section, message):
@@ -325,7 +344,7 @@ def test_bad_sections_are_named(section, message):
     assert "\n" not in str(caught.value)
 
 
-# Folders ------------------------------------------------------------------------------------------------------------
+# Folders --------------------------------------------------------------------------------------------------
 
 
 class Tokenizer:
@@ -457,7 +476,9 @@ def test_bad_folders_are_named(tmp_path):
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"1 missing keys, first model.layers.1.self_attn.o_proj.weight"):
         load_model(folder)
-    save_file(weights | {"model.layers.1.self_attn.o_proj.weight": lost[:1].clone()}, folder / "model.safetensors")
+    save_file(
+        weights | {"model.layers.1.self_attn.o_proj.weight": lost[:1].clone()}, folder / "model.safetensors"
+    )
     with pytest.raises(InputError, match="o_proj"):
         load_model(folder)
 

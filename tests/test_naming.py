@@ -36,8 +36,10 @@ def copies(model):
 def test_round_trip_of_every_tensor(variant):
     source, target = make_model(*variant, seed=1), make_model(*variant, seed=2)
     places = {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
-    assert not any(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(),
-                                                     strict=True))
+    assert not any(
+        torch.equal(a, b)
+        for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
     load_into(target, copies(source))
     for name, tensor in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], tensor), name
@@ -46,7 +48,9 @@ def test_round_trip_of_every_tensor(variant):
 
 def test_elements_are_neither_lost_nor_doubled(variant):
     model = make_model(*variant)
-    assert sum(t.numel() for _, t in to_checkpoint(model)) == sum(t.numel() for t in model.state_dict().values())
+    assert sum(t.numel() for _, t in to_checkpoint(model)) == sum(
+        t.numel() for t in model.state_dict().values()
+    )
 
 
 def test_agrees_with_transformers_own_conversion(variant):
@@ -89,7 +93,9 @@ def test_published_names_and_shapes():
     moe = {"gate.weight": (2, D), "gate.e_score_correction_bias": (2,)}
     for expert in range(2):
         moe |= {f"experts.{expert}.w{n}.weight": (D, M) if n == 2 else (M, D) for n in (1, 2, 3)}
-    moe |= {f"shared_experts.{n}_proj.weight": (D, M) if n == "down" else (M, D) for n in ("gate", "up", "down")}
+    moe |= {
+        f"shared_experts.{n}_proj.weight": (D, M) if n == "down" else (M, D) for n in ("gate", "up", "down")
+    }
     moe = {f"block_sparse_moe.{name}": shape for name, shape in moe.items()}
     kda = {f"self_attn.{name}": shape for name, shape in attention.items()}
     mla = {
@@ -103,16 +109,26 @@ def test_published_names_and_shapes():
         prefix = f"model.layers.{index}."
         assert {n.removeprefix(prefix): s for n, s in shapes.items() if n.startswith(prefix)} == expected
     outside = {name: shape for name, shape in shapes.items() if ".layers." not in name}
-    assert outside == {"model.embed_tokens.weight": (40, D), "model.norm.weight": (D,), "lm_head.weight": (40, D)}
+    assert outside == {
+        "model.embed_tokens.weight": (40, D),
+        "model.norm.weight": (D,),
+        "lm_head.weight": (40, D),
+    }
 
 
 def test_fused_tensors_are_split_in_the_right_order():
     model = make_model()
     named = dict(to_checkpoint(model))
     layer = model.model.layers[1]
-    conv, gate_up, down = layer.self_attn.conv1d.weight, layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
+    conv, gate_up, down = (
+        layer.self_attn.conv1d.weight,
+        layer.mlp.experts.gate_up_proj,
+        layer.mlp.experts.down_proj,
+    )
     for part, letter in enumerate("qkv"):
-        assert torch.equal(named[f"model.layers.1.self_attn.{letter}_conv1d.weight"], conv[128 * part :][:128])
+        assert torch.equal(
+            named[f"model.layers.1.self_attn.{letter}_conv1d.weight"], conv[128 * part :][:128]
+        )
     expert = "model.layers.1.block_sparse_moe.experts.5."
     assert torch.equal(named[expert + "w1.weight"], gate_up[5, :128])
     assert torch.equal(named[expert + "w3.weight"], gate_up[5, 128:])
@@ -155,8 +171,10 @@ def test_dtypes_are_kept():
 def test_flat_A_log_is_accepted():
     source, target = make_model(seed=1), make_model(seed=2)
     load_into(target, ((n, t.flatten() if n.endswith("A_log") else t) for n, t in copies(source)))
-    assert all(torch.equal(a, b) for a, b in zip(source.state_dict().values(), target.state_dict().values(),
-                                                 strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(source.state_dict().values(), target.state_dict().values(), strict=True)
+    )
 
 
 def change(name, how):
@@ -191,7 +209,9 @@ def test_bad_streams_are_refused_and_the_layer_is_untouched(how, message):
     before = {name: tensor.clone() for name, tensor in model.model.layers[2].state_dict().items()}
     with pytest.raises(ValueError, match=message):
         load_into(model, change("model.layers.2.self_attn.k_proj.weight", how))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.model.layers[2].state_dict().items())
+    assert all(
+        torch.equal(tensor, before[name]) for name, tensor in model.model.layers[2].state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])

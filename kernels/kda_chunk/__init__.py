@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from kimi_rl.kernels.dispatch import choose
 from kimi_rl.kernels.kda_chunk.reference import kda_reference
 from kimi_rl.kernels.kda_chunk.torch_chunk import kda_chunk_torch
@@ -25,19 +24,23 @@ def kda_chunk(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Kimi Delta Attention; differentiable in q, k, v, g, beta and initial_state.
 
-    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K], the log decay (at most 0, any size: there is no overflow);
-    beta [B, T, H] in [0, 1], after the sigmoid. `scale` multiplies q (default K^-0.5). `use_qk_l2norm` normalises q
-    and k per head first. `cu_seqlens` [N+1] marks N sequences packed along T (then B is 1); nothing crosses a
-    border. `initial_state` [N, H, K, V] (N = B without packing). `chunk_size`, a power of two, is an upper bound for
-    the PyTorch form, which picks what is fastest; fla takes 32 or 64.
-    Returns o [B, T, H, V] in v's dtype, and the state after each sequence's last token, [N, H, K, V] in float32
-    (float64 if an input is), or None.
+    q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K], the log decay (at most 0, any size: there is no
+    overflow); beta [B, T, H] in [0, 1], after the sigmoid. `scale` multiplies q (default K^-0.5).
+    `use_qk_l2norm` normalises q and k per head first. `cu_seqlens` [N+1] marks N sequences packed along T
+    (then B is 1); nothing crosses a border. `initial_state` [N, H, K, V] (N = B without packing).
+    `chunk_size`, a power of two, is an upper bound for the PyTorch form, which picks what is fastest; fla
+    takes 32 or 64.
+    Returns o [B, T, H, V] in v's dtype, and the state after each sequence's last token, [N,
+    H, K, V] in float32 (float64 if an input is), or None.
     Source: Kimi Linear report (arXiv 2510.26692), section 3 (chunkwise form); `fla.ops.kda.naive`.
     """
     if q.shape != k.shape or g.shape != k.shape or v.shape[:3] != k.shape[:3] or beta.shape != k.shape[:3]:
         raise ValueError(
             "kda_chunk: shapes do not fit: "
-            + ", ".join(f"{n} {tuple(x.shape)}" for n, x in zip("q k v g beta".split(), (q, k, v, g, beta), strict=True))
+            + ", ".join(
+                f"{n} {tuple(x.shape)}"
+                for n, x in zip(["q", "k", "v", "g", "beta"], (q, k, v, g, beta), strict=True)
+            )
         )
     sequences = k.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     expected = (sequences, k.shape[2], k.shape[3], v.shape[3])

@@ -19,10 +19,10 @@ def kda_chunk_fla(
     use_qk_l2norm: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Same signature and shapes as `kda_chunk`. Calls `fla.ops.kda.chunk_kda` (fla-core 0.6.0); differentiable.
+    """Same signature and shapes as `kda_chunk`. Calls `fla.ops.kda.chunk_kda` (fla-core 0.6.0).
 
-    The gate is computed outside the kernel (see `kda_gate`), so none of fla's gate flags is set: `safe_gate` with
-    `lower_bound` would compute another function than the one Kimi Linear was trained with.
+    The gate is computed outside the kernel (see `kda_gate`), so none of fla's gate flags is set: `safe_gate`
+    with `lower_bound` would compute another function than the one Kimi Linear was trained with.
     """
     # Imported here: fla needs Triton, and asks the driver for a GPU when imported.
     from fla.ops.kda import chunk_kda

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from kimi_rl.kernels.dispatch import compute_dtype, sequence_bounds
 
 
@@ -13,7 +12,7 @@ def l2norm(x: torch.Tensor) -> torch.Tensor:
 
 
 def kda_step(q, k, v, g, beta, state):
-    """One token: q, k, g [B, H, K], v [B, H, V], beta [B, H], state [B, H, K, V] -> (o [B, H, V], new state)."""
+    """One token: q, k, g [B, H, K], v [B, H, V], beta [B, H], state [B, H, K, V] -> (o, state)."""
     state = state * g.exp().unsqueeze(-1)
     error = v - torch.einsum("bhk,bhkv->bhv", k, state)
     state = state + torch.einsum("bhk,bhv->bhkv", k * beta.unsqueeze(-1), error)
@@ -34,7 +33,7 @@ def kda_reference(
     use_qk_l2norm: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Same signature and shapes as `kda_chunk`; `chunk_size` has no meaning here. Any device, float32 or float64.
+    """Same signature and shapes as `kda_chunk`; `chunk_size` has no meaning here. Any device.
 
     Per head: S <- Diag(exp g_t) S;  S <- S + beta_t k_t (v_t - S^T k_t)^T;  o_t = S^T q_t * scale.
     """

@@ -7,17 +7,17 @@ Within a chunk of C tokens, with P_i the sum of g over the chunk's tokens up to 
     [U | W]   = (I + A)^-1 [beta v | beta k exp(P)]
     v' = U - W S;   o = (q exp(P)) S + Aqk v';   S <- Diag(exp(P_C)) S + (k exp(P_C - P))^T v'
 
-exp(P_i - P_j) must not be split into exp(P_i) exp(-P_j): the second factor overflows for strong decay. It is also
-unwise to subtract P's: at g = -50 a token P reaches -3200, where float32 has lost the fourth decimal. So both
-matrices are built by doubling. Two neighbouring blocks L and R of s tokens meet at the border between them, and for i
-in R and j in L
+exp(P_i - P_j) must not be split into exp(P_i) exp(-P_j): the second factor overflows for strong decay. It is
+also unwise to subtract P's: at g = -50 a token P reaches -3200, where float32 has lost the fourth decimal. So
+both matrices are built by doubling. Two neighbouring blocks L and R of s tokens meet at the border between
+them, and for i in R and j in L
 
     P_i - P_j = (sum of g from the border to i) + (sum of g after j to the border),
 
-two sums that are each at most 0, so their exponentials are at most 1 and the pair block is one matrix product. Sums
-inside a block of 2s follow from those inside blocks of s by adding the total of one half. No difference is ever taken,
-nothing overflows, every exponent has full relative precision, and log2(C) products replace the C x C x K tensor (or
-the loop over rows) of other PyTorch forms.
+two sums that are each at most 0, so their exponentials are at most 1 and the pair block is one matrix
+product. Sums inside a block of 2s follow from those inside blocks of s by adding the total of one half. No
+difference is ever taken, nothing overflows, every exponent has full relative precision, and log2(C) products
+replace the C x C x K tensor (or the loop over rows) of other PyTorch forms.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
 from kimi_rl.kernels.dispatch import compute_dtype, sequence_bounds
 from kimi_rl.kernels.kda_chunk.reference import l2norm
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where tokens lie in chunks. Chunks are sorted by their place in the sequence, then by sequence, longest first,
-    so the sequences that have a j-th chunk are a leading slice of all and step j works on one contiguous range."""
+    """Where tokens lie in chunks.
+
+    Chunks are sorted by their place in the sequence, then by sequence, longest first: the sequences that have
+    a j-th chunk are a leading slice of all, and step j works on one contiguous range.
+    """
 
     chunk: int
     per_step: list[int]  # number of sequences that have a j-th chunk
@@ -90,7 +92,8 @@ def _layout(batch: int, length: int, cu_seqlens: torch.Tensor | None, chunk_size
 def _chunk_for(longest: int, largest: int) -> int:
     """The chunk size for sequences of at most `longest` tokens: a power of two, at most `largest`.
 
-    16 up to 128 tokens (less padding), else 32: the fastest sizes on a CPU. More only makes the triangular solve grow.
+    16 up to 128 tokens (less padding), else 32: the fastest sizes on a CPU. More only makes the triangular
+    solve grow.
     """
     preferred = 16 if longest <= 128 else 32
     chunk = 1
@@ -102,8 +105,9 @@ def _chunk_for(longest: int, largest: int) -> int:
 def _intra_chunk(q, k, g):
     """Decayed products inside chunks, by doubling (see the top of the file).
 
-    q, k, g [M, H, C, K]. Returns kk [M, H, C, C] (strictly lower triangular), qk [M, H, C, C] (lower triangular with
-    its diagonal), prefix [M, H, C, K] (sum of g up to and including a token) and suffix (sum of g after a token).
+    q, k, g [M, H, C, K]. Returns kk [M, H, C, C] (strictly lower triangular), qk [M, H, C, C] (lower
+    triangular with its diagonal), prefix [M, H, C, K] (sum of g up to and including a token) and suffix (sum
+    of g after a token).
     """
     # Per block of s tokens: rows are [q; k] stacked, so one product serves both matrices.
     blocks = torch.stack([q, k], dim=2)  # [M, H, 2, C, K]
@@ -143,7 +147,7 @@ def kda_chunk_torch(
     use_qk_l2norm: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Same signature and shapes as `kda_chunk`. Any device; computed in float32, or float64 if an input is."""
+    """Same signature and shapes as `kda_chunk`. Any device; computed in float32 or float64."""
     out_dtype, dtype = v.dtype, compute_dtype(q, k, v, g, beta)
     q, k, v, g, beta = (x.to(dtype) for x in (q, k, v, g, beta))
     if use_qk_l2norm:
@@ -183,7 +187,8 @@ def kda_chunk_torch(
 
     if not output_final_state:
         return layout.join(o).to(out_dtype), None
-    final = torch.cat([state, *leaving[::-1]])  # shortest sequences left first: the order of `layout.order` again
+    # The shortest sequences left first: this is the order of `layout.order` again.
+    final = torch.cat([state, *leaving[::-1]])
     if layout.order is not None:
         back = [0] * sequences
         for place, n in enumerate(layout.order):

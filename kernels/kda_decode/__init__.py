@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from kimi_rl.kernels.dispatch import choose
 from kimi_rl.kernels.kda_decode.reference import kda_decode_reference
 from kimi_rl.kernels.kda_decode.torch_decode import kda_decode_torch
@@ -24,10 +23,12 @@ def kda_decode(
 
     q, k, g [B, H, K]; v [B, H, V]; beta [B, H]; state [B, H, K, V], left unchanged.
     Returns o [B, H, V] in v's dtype and the new state in float32 (float64 if an input is).
-    fla's decoding kernel has no backward pass, so a step that needs a gradient runs the PyTorch form on a GPU too.
+    fla's decoding kernel has no backward pass, so a step that needs a gradient always runs the PyTorch form.
     """
     inputs = (q, k, v, g, beta, state)
-    choice = choose("kda_decode", q, has_fla=not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs)))
+    choice = choose(
+        "kda_decode", q, has_fla=not (torch.is_grad_enabled() and any(x.requires_grad for x in inputs))
+    )
     if choice == "fla":
         from kimi_rl.kernels.kda_decode.fla import kda_decode_fla as run
     else:

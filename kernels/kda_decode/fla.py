@@ -10,7 +10,7 @@ def kda_decode_fla(q, k, v, g, beta, state, *, scale: float | None = None, use_q
     from fla.ops.kda import fused_recurrent_kda
 
     dtype = v.dtype
-    # The kernel wants a time axis: [B, 1, H, ...]. It leaves `initial_state` as it is and returns a new tensor.
+    # The kernel wants a time axis: [B, 1, H, ...]. It does not write to `initial_state`.
     o, new_state = fused_recurrent_kda(
         q.to(dtype).unsqueeze(1).contiguous(),
         k.to(dtype).unsqueeze(1).contiguous(),

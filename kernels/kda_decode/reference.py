@@ -14,4 +14,3 @@ def kda_decode_reference(q, k, v, g, beta, state, *, scale: float | None = None,
         q, k = l2norm(q), l2norm(k)
     o, state = kda_step(q * (q.shape[-1] ** -0.5 if scale is None else scale), k, v, g, beta, state)
     return o.to(out_dtype), state
-

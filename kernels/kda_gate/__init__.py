@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from kimi_rl.kernels.dispatch import choose, compute_dtype
 from kimi_rl.kernels.kda_gate.reference import kda_gate_reference
 
@@ -17,14 +16,16 @@ MAX_A_LOG = 40.0
 def kda_gate(raw_g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
     """Log decay g = -exp(A_log) * softplus(raw_g + dt_bias), at most 0, per head and channel.
 
-    raw_g [..., H*K] of any float dtype, A_log any shape with H elements, dt_bias [H*K] (any shape with H*K elements).
-    Returns g [..., H, K] in float32 (float64 if an input is). The gradient has no NaN at any finite input.
-    Source: Kimi Linear report (arXiv 2510.26692), section 3; `fla.ops.kda.gate.naive_kda_gate`.
+    raw_g [..., H*K] of any float dtype, A_log any shape with H elements, dt_bias [H*K] (any shape with H*K
+    elements).
+    Returns g [..., H, K] in float32 (float64 if an input is). The gradient has no NaN at any
+    finite input. Source: Kimi Linear report (arXiv 2510.26692), section 3; `fla.ops.kda.gate.naive_kda_gate`.
     """
     heads = A_log.numel()
     if raw_g.shape[-1] % heads or dt_bias.numel() != raw_g.shape[-1]:
         raise ValueError(
-            f"kda_gate: raw_g {tuple(raw_g.shape)} and dt_bias {tuple(dt_bias.shape)} do not fit {heads} heads"
+            f"kda_gate: raw_g {tuple(raw_g.shape)} and dt_bias {tuple(dt_bias.shape)} "
+            f"do not fit {heads} heads"
         )
     with torch.autocast(raw_g.device.type, enabled=False):
         if choose("kda_gate", raw_g, has_fla=False) == "reference":
@@ -33,7 +34,8 @@ def kda_gate(raw_g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) ->
         x = (raw_g.to(dtype) + dt_bias.to(dtype).reshape(-1)).clamp(max=MAX_PREACTIVATION)
         rate = A_log.to(dtype).reshape(heads, 1).clamp(max=MAX_A_LOG).exp()
         # F.softplus is exact for small x (log1p) and linear above 20, with the gradient sigmoid(x): it never
-        # evaluates exp of a large number, which `where(x > 20, x, log(1 + exp(x)))` does in its backward pass.
+        # evaluates exp of a large number, which `where(x > 20, x, log(1 + exp(x)))` does in its backward
+        # pass.
         return -rate * F.softplus(x).unflatten(-1, (heads, -1))
 
 

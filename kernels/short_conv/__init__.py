@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from kimi_rl.kernels.dispatch import choose, sequence_bounds
 from kimi_rl.kernels.short_conv.reference import short_conv_reference
 
@@ -20,18 +19,23 @@ def short_conv(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y[t, c] = activation(sum_w weight[c, w] * x[t - W + 1 + w, c]), each sequence on its own.
 
-    x [B, T, C]; weight [C, W] (conv1d weight without its middle axis); `initial_state` [N, C, W-1] holds the W-1
-    inputs before the first token (unset: zeros), N being B, or the number of packed sequences when `cu_seqlens`
-    [N+1] is given (then B is 1). `activation` is "silu" or None.
-    Returns y [B, T, C] in x's dtype, and the last W-1 inputs of every sequence [N, C, W-1] or None.
-    Products are accumulated in the wider of x's and weight's dtype.
+    x [B, T, C]; weight [C, W] (conv1d weight without its middle axis); `initial_state` [N, C, W-1] holds the
+    W-1 inputs before the first token (unset: zeros), N being B, or the number of packed sequences when
+    `cu_seqlens` [N+1] is given (then B is 1). `activation` is "silu" or None.
+    Returns y [B, T, C] in x's
+    dtype, and the last W-1 inputs of every sequence [N, C, W-1] or None. Products are accumulated in the
+    wider of x's and weight's dtype.
 
     Written as W shifted multiply-adds: no transpose to channels-first, and on a CPU several times faster than
     `F.conv1d(groups=C)`, whose backward is slow for so narrow a kernel.
     """
     if activation not in ("silu", None):
         raise ValueError(f"short_conv: activation must be 'silu' or None, found {activation!r}")
-    args = {"initial_state": initial_state, "output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+    args = {
+        "initial_state": initial_state,
+        "output_final_state": output_final_state,
+        "cu_seqlens": cu_seqlens,
+    }
     with torch.autocast(x.device.type, enabled=False):
         if choose("short_conv", x, has_fla=False) == "reference":
             return short_conv_reference(x, weight, **args, activation=activation)
@@ -53,7 +57,7 @@ def _short_conv_torch(x, weight, *, initial_state, output_final_state, cu_seqlen
         y = _taps(extended.to(dtype), weight.to(dtype), length)
         final = extended[:, length:] if output_final_state else None
     else:
-        # Lay the W-1 rows of history in front of every sequence, convolve the whole, keep the rows of real tokens.
+        # Lay the W-1 rows of history in front of every sequence, convolve, keep the rows of real tokens.
         bounds = sequence_bounds(cu_seqlens, batch, length)
         pieces = []
         for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
@@ -62,7 +66,8 @@ def _short_conv_torch(x, weight, *, initial_state, output_final_state, cu_seqlen
         ends = torch.tensor(bounds[1:], device=x.device)
         lengths = ends - torch.tensor(bounds[:-1], device=x.device)
         which = torch.repeat_interleave(torch.arange(sequences, device=x.device), lengths)
-        rows = torch.arange(length, device=x.device) + which * history  # row of `taps` output for each real token
+        # Row of each real token in the output of `_taps`.
+        rows = torch.arange(length, device=x.device) + which * history
         y = _taps(extended.to(dtype), weight.to(dtype), extended.shape[1] - history)[:, rows]
         final = None
         if output_final_state:

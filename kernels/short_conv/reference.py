@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-
 from kimi_rl.kernels.dispatch import sequence_bounds
 
 

@@ -22,8 +22,10 @@ SHARD_BYTES = 4 * 1024**3
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-def create_model(section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int) -> KimiLinearForCausalLM:
-    """A model with random weights, in float32 on the CPU. The same section, vocabulary and seed give the same weights."""
+def create_model(
+    section: ModelSection, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> KimiLinearForCausalLM:
+    """A model with random weights, in float32 on the CPU; the same arguments give the same weights."""
     config = build_config(
         section,
         vocab_size=len(tokenizer),
@@ -41,8 +43,9 @@ def load_model(
 ) -> KimiLinearForCausalLM:
     """Load a model from a folder or a hub id, in eval mode.
 
-    `A_log`, `dt_bias`, the convolution and the router's bias are float32 whatever `dtype`. Raises `InputError` where
-    there is no such model, where it is no Kimi Linear, or where tensors are missing or left over.
+    `A_log`, `dt_bias`, the convolution and the router's bias are float32 whatever `dtype`. Raises
+    `InputError` where there is no such model, where it is no Kimi Linear, or where tensors are missing or
+    left over.
     """
     source = _source(path, needs="config.json")
     try:
@@ -50,10 +53,14 @@ def load_model(
     except (OSError, ValueError) as error:
         raise InputError(f"model.path: cannot read {path}: {_one_line(error)}") from error
     if raw.get("model_type") != "kimi_linear":
-        raise InputError(f"model.path: {path} has model_type {raw.get('model_type')!r}; a kimi_linear model is needed")
+        raise InputError(
+            f"model.path: {path} has model_type {raw.get('model_type')!r}; a kimi_linear model is needed"
+        )
     if (raw.get("linear_attn_config") or {}).get("gate_lower_bound") is not None:
         # vLLM would apply the bound and transformers would not: rollouts and gradients would disagree.
-        raise InputError(f"model.path: {path} sets linear_attn_config.gate_lower_bound, which is not supported")
+        raise InputError(
+            f"model.path: {path} sets linear_attn_config.gate_lower_bound, which is not supported"
+        )
     try:
         # Mismatches are "ignored" only to be reported below, by name.
         model, info = KimiLinearForCausalLM.from_pretrained(
@@ -63,7 +70,9 @@ def load_model(
         raise InputError(f"model.path: cannot load {path}: {_one_line(error)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info.get(what):
-            raise InputError(f"model.path: {path} has {len(keys)} {what.replace('_', ' ')}, first {min(map(str, keys))}")
+            raise InputError(
+                f"model.path: {path} has {len(keys)} {what.replace('_', ' ')}, first {min(map(str, keys))}"
+            )
     return model.to(device).eval()
 
 
@@ -81,8 +90,8 @@ def save_model(
 ) -> Path:
     """Write `folder`: safetensors under checkpoint names, config.json, generation_config.json, tokenizer.
 
-    transformers, vLLM and lm-eval load the result. The folder appears complete or not at all: everything is written
-    beside it and renamed; a previous folder of that name is replaced.
+    transformers, vLLM and lm-eval load the result. The folder appears complete or not at all: everything is
+    written beside it and renamed; a previous folder of that name is replaced.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -123,8 +132,8 @@ def _write_config(model: KimiLinearForCausalLM, folder: Path) -> None:
 def _write_weights(model: KimiLinearForCausalLM, folder: Path) -> None:
     """Safetensors under checkpoint names, in shards of about 4 GB with the usual index.
 
-    Not `model.save_pretrained`: it would rename the feed-forward of dense layers too, to `block_sparse_moe.*`, which
-    neither the published checkpoint nor vLLM knows.
+    Not `model.save_pretrained`: it would rename the feed-forward of dense layers too, to
+    `block_sparse_moe.*`, which neither the published checkpoint nor vLLM knows.
     """
     shards: list[list[tuple[str, torch.Tensor]]] = [[]]
     total = size = 0
@@ -138,7 +147,7 @@ def _write_weights(model: KimiLinearForCausalLM, folder: Path) -> None:
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        # safetensors refuses tensors that share storage, as views of a fused parameter do: copy, one shard at a time.
+        # safetensors refuses tensors that share storage, as views of a fused parameter do: hence the copies.
         save_file({n: t.to("cpu", copy=True).contiguous() for n, t in shard}, folder / file, {"format": "pt"})
         weight_map |= {name: file for name, _ in shard}
     if len(shards) > 1:
@@ -151,7 +160,7 @@ def _source(path: str | Path, *, needs: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / needs).is_file():
-            raise InputError(f"model.path: {path} has no {needs}; give a folder in Hugging Face layout, or a hub id")
+            raise InputError(f"model.path: {path} has no {needs}; give a Hugging Face folder or a hub id")
         return str(folder)
     if not _HUB_ID.fullmatch(str(path)):
         raise InputError(f"model.path: {path} is neither a folder nor a hub id like owner/name")

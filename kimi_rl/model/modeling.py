@@ -2,11 +2,12 @@
 
 `KimiLinearForCausalLM` has the parameters, names and logits of `transformers.KimiLinearForCausalLM`, and adds
 
-- KDA through `kimi_rl.kernels`, chosen by the tensor's device (transformers calls Triton on CPU tensors when fla is
-  installed), with a gate whose gradient has no NaN;
-- packed batches: `cu_seqlens` separates sequences in KDA, in the short convolution and in MLA. transformers takes
-  packed input and lets the state run on from one sequence into the next;
-- `A_log`, `dt_bias`, the convolution and the router's bias stay in float32 whatever dtype the rest has, as in vLLM.
+- KDA through `kimi_rl.kernels`, chosen by the tensor's device (transformers calls Triton on CPU tensors when
+  fla is installed), with a gate whose gradient has no NaN;
+- packed batches: `cu_seqlens` separates sequences in KDA, in the short convolution and in MLA. transformers
+  takes packed input and lets the state run on from one sequence into the next;
+- `A_log`, `dt_bias`, the convolution and the router's bias stay in float32 whatever dtype the rest has, as in
+  vLLM.
 
 Left padding works everywhere; right padding everywhere except for decoding on from a cache.
 """
@@ -60,9 +61,15 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
             conv_state = layer.conv_states[0][..., -(self.conv_kernel_size - 1) :]
             recurrent_state = layer.recurrent_states[0]
 
-        qkv = torch.cat([self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1)
+        qkv = torch.cat(
+            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
+        )
         mixed, _ = short_conv(
-            qkv, self.conv1d.weight.squeeze(1), initial_state=conv_state, cu_seqlens=cu_seqlens, activation="silu"
+            qkv,
+            self.conv1d.weight.squeeze(1),
+            initial_state=conv_state,
+            cu_seqlens=cu_seqlens,
+            activation="silu",
         )
         if cache_params is not None:
             cache_params.update_conv_state(
@@ -93,7 +100,7 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
 
 
 class LatentAttention(hf.KimiLinearAttention):
-    """transformers' MLA layer; packed input is unpacked for the attention itself, so no token sees another sequence."""
+    """transformers' MLA layer; packed sequences are taken apart for the attention itself."""
 
     def forward(
         self,
@@ -115,12 +122,13 @@ class LatentAttention(hf.KimiLinearAttention):
         latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        k, v = self.expand_kv(self.kv_a_layernorm(latent).unsqueeze(1), shared_key.unsqueeze(1))  # [1, H, T, .]
+        latent = self.kv_a_layernorm(latent)
+        k, v = self.expand_kv(latent.unsqueeze(1), shared_key.unsqueeze(1))  # [1, H, T, .]
         # [T, H, .] -> [N, H, L, .], padded on the right: under a causal mask no real token sees the padding.
-        q, k, v = (_unpack(x, bounds).transpose(1, 2) for x in (q, k[0].transpose(0, 1), v[0].transpose(0, 1)))
-        o = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=self.scaling, dropout_p=self.attention_dropout if self.training else 0.0
-        )
+        per_token = (q, k[0].transpose(0, 1), v[0].transpose(0, 1))
+        q, k, v = (_unpack(x, bounds).transpose(1, 2) for x in per_token)
+        dropout = self.attention_dropout if self.training else 0.0
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling, dropout_p=dropout)
         o = _pack(o.transpose(1, 2), bounds).reshape(1, length, -1)
         return self.o_proj(o), None
 
@@ -144,7 +152,7 @@ _REPLACEMENTS = {
 
 
 class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
-    """Kimi Linear for causal language modelling. See the top of this file for what differs from transformers."""
+    """Kimi Linear for causal language modelling. The top of this file says what differs."""
 
     # Honoured by `from_pretrained(dtype=torch.bfloat16)`; `_apply` below does the same for `model.to(dtype)`.
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "conv1d", "e_score_correction_bias"}
@@ -172,24 +180,25 @@ class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
     ):
         """As transformers' forward, plus packed input.
 
-        `cu_seqlens` int [N+1] gives the borders of N sequences packed into a batch of one, from 0 to T. transformers'
-        padding-free collators spell it `cu_seq_lens_q`; what else they pass is not needed. With `labels`, put -100
-        on the first token of every sequence: the loss shifts across borders.
+        `cu_seqlens` int [N+1] gives the borders of N sequences packed into a batch of one, from 0 to T.
+        transformers' padding-free collators spell it `cu_seq_lens_q`; what else they pass is not needed. With
+        `labels`, put -100 on the first token of every sequence: the loss shifts across borders.
         A cache is created by default only when no gradient is recorded: training has no use for one.
         """
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
         if cu_seqlens is not None:
             if past_key_values is not None or use_cache:
-                raise ValueError("packed input (cu_seqlens) cannot be combined with a cache; pass use_cache=False")
+                raise ValueError(
+                    "packed input (cu_seqlens) cannot be combined with a cache; pass use_cache=False"
+                )
             if attention_mask is not None:
                 raise ValueError("packed input (cu_seqlens) has no padding; pass no attention_mask")
             # A dictionary is taken as is; the layers separate the sequences themselves.
             attention_mask = {"full_attention": None, "linear_attention": None}
             use_cache = False
             kwargs["cu_seqlens"] = cu_seqlens
-        elif position_ids is not None and attention_mask is None and position_ids.shape[-1] > 1:
-            if bool((position_ids.diff(dim=-1) < 0).any()):
-                raise ValueError("position_ids restart inside a row: pass cu_seqlens, or the sequences would mix")
+        elif position_ids is not None and attention_mask is None and _restarts(position_ids):
+            raise ValueError("position_ids restart inside a row: pass cu_seqlens, or the sequences would mix")
         if use_cache is None and past_key_values is None and torch.is_grad_enabled():
             use_cache = False
         return super().forward(
@@ -209,6 +218,10 @@ class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
             if tensor.dtype in (torch.bfloat16, torch.float16):
                 tensor.data = kept[name].to(device=tensor.device, dtype=torch.float32)
         return self
+
+
+def _restarts(position_ids: torch.Tensor) -> bool:
+    return position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) < 0).any())
 
 
 def fp32_tensors(model: torch.nn.Module):

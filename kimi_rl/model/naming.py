@@ -8,8 +8,8 @@
 | mlp.experts.gate_up_proj [E, 2I, D]            | block_sparse_moe.experts.E.{w1,w3}.weight, [I, D] each |
 | mlp.experts.down_proj [E, D, I]                | block_sparse_moe.experts.E.w2.weight [D, I]           |
 
-The map is written out here, rather than taken from transformers' conversion machinery, because weight sync needs it
-layer by layer and as views; the tests compare the two.
+The map is written out here, rather than taken from transformers' conversion machinery, because weight sync
+needs it layer by layer and as views; the tests compare the two.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearMoE
 def to_checkpoint(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, tensor) of every parameter and buffer of a `KimiLinearForCausalLM`.
 
-    Tensors are detached views of the model's own storage, in its dtypes: copy them before the next optimizer step if
-    they must not change. Everything of one layer is adjacent; the embedding comes first, norm and head last. The
-    router's bias, which is a buffer, is included; a head tied to the embedding is not repeated.
+    Tensors are detached views of the model's own storage, in its dtypes: copy them before the next optimizer
+    step if they must not change. Everything of one layer is adjacent; the embedding comes first, norm and
+    head last. The router's bias, which is a buffer, is included; a head tied to the embedding is not
+    repeated.
     """
     tied = model.config.tie_word_embeddings
     layers = model.model.layers
@@ -67,12 +68,13 @@ def layer_of(name: str) -> str:
 
 @torch.no_grad()
 def load_into(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Copy tensors under checkpoint names into `model`, in place, each cast to the dtype the model keeps it in.
+    """Copy tensors under checkpoint names into `model`, in place, each cast to the dtype it has there.
 
-    `weights` may be a stream; only one layer of it is held at a time. All tensors of a layer must be adjacent, and a
-    layer is copied only when it is complete. `A_log` may have any shape with the right number of elements (some
-    checkpoints store [H], some [1, 1, H, 1]). Raises `ValueError` on an unknown, repeated, missing or mis-shaped
-    tensor; layers copied before the error keep their new values, so the model must not be used then.
+    `weights` may be a stream; only one layer of it is held at a time. All tensors of a layer must be
+    adjacent, and a layer is copied only when it is complete. `A_log` may have any shape with the right number
+    of elements (some checkpoints store [H], some [1, 1, H, 1]). Raises `ValueError` on an unknown, repeated,
+    missing or mis-shaped tensor; layers copied before the error keep their new values, so the model must not
+    be used then.
     """
     waiting: dict[str, dict[str, torch.Tensor]] = {}
     for name, target in to_checkpoint(model):
@@ -90,7 +92,8 @@ def load_into(model: torch.nn.Module, weights: Iterable[tuple[str, torch.Tensor]
                 tensor = tensor.reshape(expected.shape)
             if tensor.shape != expected.shape:
                 raise ValueError(
-                    f"load_into: {name} has shape {tuple(tensor.shape)}, the model needs {tuple(expected.shape)}"
+                    f"load_into: {name} has shape {tuple(tensor.shape)}, "
+                    f"the model needs {tuple(expected.shape)}"
                 )
             received[name] = tensor
         targets = waiting.pop(group)

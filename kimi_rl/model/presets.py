@@ -1,9 +1,9 @@
 """Models built from scratch: sizes, layer patterns, and their parameter counts.
 
-Every size comes as `hybrid` (KDA, KDA, KDA, MLA, repeated) and `mla` (all MLA), with dense or mixture-of-experts
-feed-forward layers. To compare the two fairly they must be equally large, so the `intermediate_size` of any pattern
-other than the hybrid is set such that its total parameter count comes closest to the hybrid's (steps of 16). Giving
-`intermediate_size` in `overrides` switches that off.
+Every size comes as `hybrid` (KDA, KDA, KDA, MLA, repeated) and `mla` (all MLA), with dense or
+mixture-of-experts feed-forward layers. To compare the two fairly they must be equally large, so the
+`intermediate_size` of any pattern other than the hybrid is set such that its total parameter count comes
+closest to the hybrid's (steps of 16). Giving `intermediate_size` in `overrides` switches that off.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from kimi_rl.recipe import ModelSection
 # MLA head sizes of `small` and up are those of the released 48B model, for which GPU kernels exist.
 _MLA_RELEASED = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 
-# Parameters without embeddings, dense hybrid: tiny 0.9M, small 23M, base 106M (173M with a 32,768 vocabulary),
-# large 318M. `describe` gives exact numbers.
+# Parameters without embeddings, dense hybrid: tiny 0.9M, small 23M, base 106M (173M with a 32,768
+# vocabulary), large 318M. `describe` gives exact numbers.
 SIZES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 128,
@@ -82,7 +82,11 @@ _STEP = 16  # granularity of an adjusted intermediate_size
 # Fields of the configuration class that a recipe may set besides its dataclass fields.
 _EXTRA_FIELDS = {"first_k_dense_replace"}
 # Fields that other parts of a recipe decide, and where.
-_DECIDED_ELSEWHERE = {"layer_types": "model.layer_types", "mlp_layer_types": "model.mlp", "model_type": "model.arch"}
+_DECIDED_ELSEWHERE = {
+    "layer_types": "model.layer_types",
+    "mlp_layer_types": "model.mlp",
+    "model_type": "model.arch",
+}
 
 
 def hybrid_pattern(layers: int) -> list[str]:
@@ -99,7 +103,7 @@ def build_config(
     eos_token_id: int | None,
     pad_token_id: int | None,
 ) -> KimiLinearConfig:
-    """The configuration of a from-scratch model. Raises `InputError` on an unknown size or field, or a bad value."""
+    """The configuration of a from-scratch model. `InputError` on a bad size, field or value."""
     if section.size not in SIZES:
         raise InputError(f"model.size: found {section.size!r}; use one of {', '.join(SIZES)}")
     overrides = _checked_overrides(section.overrides)
@@ -124,7 +128,9 @@ def build_config(
         fields["num_hidden_layers"] = layers
     layers = fields["num_hidden_layers"]
     if not isinstance(layers, int) or layers < 1:
-        raise InputError(f"model.overrides.num_hidden_layers: found {layers!r}; give a whole number of at least 1")
+        raise InputError(
+            f"model.overrides.num_hidden_layers: found {layers!r}; give a whole number of at least 1"
+        )
     dense = layers if section.mlp == "dense" else fields.pop("first_k_dense_replace", 1)
     fields.pop("first_k_dense_replace", None)
     fields["mlp_layer_types"] = ["dense" if i < dense else "sparse" for i in range(layers)]
@@ -152,7 +158,9 @@ def _checked_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
             raise InputError(f"model.overrides.{name}: set {_DECIDED_ELSEWHERE[name]} instead")
         if name not in known:
             near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
-            raise InputError(f"model.overrides.{name}: no such field of KimiLinearConfig; did you mean {near!r}?")
+            raise InputError(
+                f"model.overrides.{name}: no such field of KimiLinearConfig; did you mean {near!r}?"
+            )
         result[aliases.get(name, name)] = value
     return result
 
@@ -168,8 +176,8 @@ def _config(fields: dict[str, Any], layer_types: list[str]) -> KimiLinearConfig:
 def complete_config(config: KimiLinearConfig) -> KimiLinearConfig:
     """Add, in place, what vLLM and the published modeling code read and transformers does not store.
 
-    Layer numbers in `linear_attn_config` start at 1. vLLM cannot take a missing number of experts, so a dense model
-    is one whose first `num_hidden_layers` layers are dense. MLA has no rotary embedding in this family.
+    Layer numbers in `linear_attn_config` start at 1. vLLM cannot take a missing number of experts, so a dense
+    model is one whose first `num_hidden_layers` layers are dense. MLA has no rotary embedding in this family.
     """
     kinds = list(enumerate(config.layer_types, start=1))
     dense = [kind == "dense" for kind in config.mlp_layer_types]
@@ -204,8 +212,8 @@ def count_parameters(config: KimiLinearConfig) -> int:
 def describe(config: KimiLinearConfig) -> dict[str, int]:
     """Parameter counts of a configuration; allocates nothing.
 
-    Keys: total; active (used by one token: routed experts counted top-k times); embedding (input and head); kda; mla;
-    mlp (dense); moe (experts, shared experts, router); norm.
+    Keys: total; active (used by one token: routed experts counted top-k times); embedding (input and head);
+    kda; mla; mlp (dense); moe (experts, shared experts, router); norm.
     """
     with torch.device("meta"):
         model = KimiLinearForCausalLM(config)

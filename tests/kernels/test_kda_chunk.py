@@ -4,9 +4,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-
-from kimi_rl.kernels.kda_chunk import kda_chunk, kda_chunk_torch, kda_reference
-from kimi_rl.kernels.kda_chunk import torch_chunk
+from kimi_rl.kernels.kda_chunk import kda_chunk, kda_chunk_torch, kda_reference, torch_chunk
 
 H, K, V = 2, 8, 6
 NAMES = ("o", "final state", "dq", "dk", "dv", "dg", "dbeta", "dstate")
@@ -36,7 +34,9 @@ def results(form, inputs, cu_seqlens=None, **kwargs):
 def assert_equal(got, expected, tolerance):
     for name, a, b in zip(NAMES, got, expected, strict=True):
         difference = float((a - b).detach().abs().max())
-        assert difference <= tolerance * max(1.0, float(b.detach().abs().max())), f"{name} differs by {difference}"
+        assert difference <= tolerance * max(1.0, float(b.detach().abs().max())), (
+            f"{name} differs by {difference}"
+        )
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
@@ -55,7 +55,9 @@ def test_packed_matches_reference(normalise):
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     inputs = make_inputs(1, int(cu_seqlens[-1]), len(lengths))
     # Without normalisation the delta rule is only stable for short keys.
-    inputs = inputs if normalise else inputs | {"k": F.normalize(inputs["k"].detach(), dim=-1).requires_grad_()}
+    inputs = (
+        inputs if normalise else inputs | {"k": F.normalize(inputs["k"].detach(), dim=-1).requires_grad_()}
+    )
     kwargs = {"use_qk_l2norm": normalise, "scale": 0.7}
     expected = results(kda_reference, inputs, cu_seqlens, **kwargs)
     assert_equal(results(kda_chunk, inputs, cu_seqlens, **kwargs), expected, 1e-10)
@@ -177,7 +179,6 @@ def test_fla_form_calls_fla_as_fla_documents(monkeypatch):
     import inspect
 
     from fla.ops.kda.naive import naive_recurrent_kda
-
     from kimi_rl.kernels.kda_chunk.fla import kda_chunk_fla
 
     signature = inspect.signature(inspect.unwrap(kda.chunk_kda))
@@ -214,7 +215,10 @@ def test_fla_matches_reference_on_gpu(dtype, tolerance):
     dim = 64
     shape = (1, int(cu_seqlens[-1]), H, dim)
     inputs = {name: torch.randn(shape, device="cuda").to(dtype) for name in "qkv"}
-    inputs |= {"g": -F.softplus(torch.randn(shape, device="cuda")), "beta": torch.rand(shape[:3], device="cuda")}
+    inputs |= {
+        "g": -F.softplus(torch.randn(shape, device="cuda")),
+        "beta": torch.rand(shape[:3], device="cuda"),
+    }
     inputs["initial_state"] = torch.randn(len(lengths), H, dim, dim, device="cuda")
     inputs = {name: x.requires_grad_() for name, x in inputs.items()}
     outputs = []

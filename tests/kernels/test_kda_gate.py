@@ -1,6 +1,5 @@
 import pytest
 import torch
-
 from kimi_rl.kernels.kda_gate import kda_gate, kda_gate_reference
 
 
@@ -14,7 +13,9 @@ def test_matches_reference_with_gradients():
     assert got.shape == (2, 7, heads, dim) and bool((got <= 0).all())
     torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-12)
     for a, b in zip(
-        torch.autograd.grad(got.sin().sum(), inputs), torch.autograd.grad(expected.sin().sum(), inputs), strict=True
+        torch.autograd.grad(got.sin().sum(), inputs),
+        torch.autograd.grad(expected.sin().sum(), inputs),
+        strict=True,
     ):
         torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-10)
 
@@ -22,7 +23,9 @@ def test_matches_reference_with_gradients():
 def test_matches_fla():
     gate = pytest.importorskip("fla.ops.kda.gate")
     raw, A_log, dt_bias = torch.randn(4, 6, 2, 8), torch.randn(2), torch.randn(16)
-    torch.testing.assert_close(kda_gate(raw.flatten(-2), A_log, dt_bias), gate.naive_kda_gate(raw, A_log, dt_bias))
+    torch.testing.assert_close(
+        kda_gate(raw.flatten(-2), A_log, dt_bias), gate.naive_kda_gate(raw, A_log, dt_bias)
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 19.9, 20.1, 100.0, -100.0, 1e10, -1e10, 3e38, -3e38])

@@ -3,7 +3,6 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-
 from kimi_rl.kernels.short_conv import short_conv, short_conv_reference
 
 C = 5
@@ -34,7 +33,9 @@ def test_matches_reference_with_gradients(width, packed, activation):
 
 def test_matches_conv1d():
     x, weight = torch.randn(2, 11, C), torch.randn(C, 4)
-    expected = F.silu(F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), padding=3, groups=C)[..., :11]).transpose(1, 2)
+    expected = F.silu(
+        F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), padding=3, groups=C)[..., :11]
+    ).transpose(1, 2)
     torch.testing.assert_close(short_conv(x, weight)[0], expected)
 
 
@@ -53,7 +54,9 @@ def test_nothing_leaks_between_packed_sequences():
     cu_seqlens, weight = torch.tensor([0, 4, 9]), torch.randn(C, 4)
     a, b = torch.randn(2, 1, 9, C)
     b = torch.cat([b[:, :4], a[:, 4:]], dim=1)
-    difference = (short_conv(a, weight, cu_seqlens=cu_seqlens)[0] - short_conv(b, weight, cu_seqlens=cu_seqlens)[0])
+    difference = (
+        short_conv(a, weight, cu_seqlens=cu_seqlens)[0] - short_conv(b, weight, cu_seqlens=cu_seqlens)[0]
+    )
     assert float(difference[:, 4:].abs().max()) == 0.0
     # Without the borders the same comparison sees a difference: the check can fail.
     leaky = short_conv(a, weight)[0] - short_conv(b, weight)[0]
