@@ -57,9 +57,9 @@ def update(engine, model, version=1):
     engine.finish_update(version)
 
 
-def ragged_requests(seed, count=12, vocab=200):
+def ragged_requests(seed, count=16, vocab=200):
     rng = np.random.default_rng(seed)
-    lengths = [1, 2, *rng.integers(3, 90, size=count - 2)]
+    lengths = [1, 2, *rng.integers(3, 90, size=count)][:count]
     return [Request(rng.integers(10, vocab, size=n).tolist(), seed=1000 * seed + i) for i, n in enumerate(lengths)]
 
 
@@ -84,7 +84,7 @@ def check_against_forward(engine, model, seed):
             expected = processed_logprobs(logits, params.temperature, params.top_p)
             expected = expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
             assert torch.isfinite(expected).all()
-            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-4
+            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
 
 
 def test_equals_a_plain_forward_before_and_after_three_updates(served):
@@ -276,10 +276,12 @@ def test_bfloat16_engine_verifies_float32_updates(tiny_models):
         assert {layer.A_log.dtype, layer.dt_bias.dtype, layer.conv1d.weight.dtype} == {torch.float32}
         assert torch.equal(layer.dt_bias, dict(to_checkpoint(new))["model.layers.0.self_attn.dt_bias"])
         requests = ragged_requests(9)
+        differences = []
         for request, completion in zip(requests, engine.generate(requests, SamplingParams(16)), strict=True):
             expected = logits_of(new, request, completion).log_softmax(-1)
             expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None]).squeeze(-1)
-            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 0.3
+            differences.append((torch.tensor(completion.logprobs) - expected).abs())
+        assert torch.cat(differences).mean() < 0.1  # not the maximum: rounding sends some tokens to other experts
     finally:
         engine.close()
     with pytest.raises(RuntimeError, match="closed"):

@@ -35,7 +35,8 @@ class KimiMLAAttention(nn.Module):
 
         self.kv_a_proj_with_mqa = linear(ReplicatedLinear, "kv_a_proj_with_mqa", hidden, rank + shared)
         self.q_proj = linear(ColumnParallelLinear, "q_proj", hidden, heads * (nope + shared))
-        self.kv_a_layernorm = RMSNorm(rank, eps=config.rms_norm_eps)
+        # Not `rms_norm_eps`: transformers and the published model code leave this norm at its default of 1e-6.
+        self.kv_a_layernorm = RMSNorm(rank, eps=1e-6)
         self.kv_b_proj = linear(ColumnParallelLinear, "kv_b_proj", rank, heads * (nope + value))
         self.o_proj = linear(RowParallelLinear, "o_proj", heads * value, hidden)
         modules = MLAModules(
