@@ -1,4 +1,6 @@
-"""Verifiable rewards: pure comparison functions and the killable pool that runs them. Imports nothing heavy."""
+"""Verifiable rewards: pure comparison functions and the killable pool that runs them. Imports nothing
+heavy.
+"""
 
 from kimi_rl.rewards.extract import final_answer
 from kimi_rl.rewards.pool import VerifierPool, verify, verify_answer, verify_cases

@@ -1,4 +1,6 @@
-"""Answers compared as they are written: text, whole numbers, multiple choice. All of it is cheap and cannot hang."""
+"""Answers compared as they are written: text, whole numbers, multiple choice. All of it is cheap and cannot
+hang.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def exact_equal(answer: str, gold: str) -> Outcome:
 
 
 def integer_value(text: str) -> int | None:
-    """The whole number that `text` is (`42`, `-7`, `+3`, `007`, `1,234`, an outer `$`), ASCII digits only, or None."""
+    """The whole number that `text` is (`42`, `-7`, `+3`, `007`, `1,234`, an outer `$`), ASCII digits only,
+    or None.
+    """
     text = text.strip().strip("$").strip()
     if _PLAIN.fullmatch(text):
         return int(text)
@@ -36,7 +40,11 @@ def integer_equal(answer: str, gold: str) -> Outcome:
         return "unparseable_gold", f"the gold answer {_short(gold)} is not a whole number"
     if got is None:
         return "wrong", f"{_short(answer)} is not a whole number"
-    return ("correct", f"{got} = {wanted}") if got == wanted else ("wrong", f"{_short(answer)} is not {_short(gold)}")
+    return (
+        ("correct", f"{got} = {wanted}")
+        if got == wanted
+        else ("wrong", f"{_short(answer)} is not {_short(gold)}")
+    )
 
 
 def choice_equal(answer: str, gold: str) -> Outcome:

@@ -1,4 +1,5 @@
-"""Find the final answer of a completion. Pure functions in time linear in the text; no regular expression backtracks.
+"""Find the final answer of a completion. Pure functions in time linear in the text; no regular expression
+backtracks.
 
 Rules (docs/rewards.md has them with examples):
 
@@ -30,9 +31,9 @@ _MARKDOWN = "*_` \t\r"
 def final_answer(completion: str, extract: Sequence[str] = ("boxed", "hash")) -> str | None:
     """The final answer of `completion`, stripped, or None.
 
-    `extract` names the allowed markers: `boxed` (`\\boxed{...}`, nested braces), `hash` (`#### ...` to the end of
-    the line), `answer` (`Answer: ...` to the end of the line, any case). An empty `extract` takes the whole
-    completion as the answer. Raises InputError on an unknown marker.
+    `extract` names the allowed markers: `boxed` (`\\boxed{...}`, nested braces), `hash` (`#### ...` to the
+    end of the line), `answer` (`Answer: ...` to the end of the line, any case). An empty `extract` takes the
+    whole completion as the answer. Raises InputError on an unknown marker.
     """
     for name in extract:
         if name not in MARKERS:
@@ -46,7 +47,8 @@ def final_answer(completion: str, extract: Sequence[str] = ("boxed", "hash")) ->
         return None
     finders = {"boxed": _last_boxed, "hash": _last_hash, "answer": _last_answer_line}
     found = [hit for name in extract if (hit := finders[name](completion)) is not None]
-    # One marker inside another ("Answer: \boxed{7}", "#### \boxed{7}") is the same final answer: the inner one counts.
+    # One marker inside another ("Answer: \boxed{7}", "#### \boxed{7}") is the same final answer: the inner
+    # one counts.
     return max(found, key=lambda hit: hit[0])[1] if found else None
 
 
@@ -61,9 +63,12 @@ def _last_boxed(text: str) -> tuple[int, str | None] | None:
         if after is None:
             if box is None or not box[0]:
                 return start, None
-        elif box is None or box[1] > after or after - box[1] > _LONGEST_JOINER:
-            break
-        elif not _JOINER.fullmatch(text, box[1], after):
+        elif (
+            box is None
+            or box[1] > after
+            or after - box[1] > _LONGEST_JOINER
+            or not _JOINER.fullmatch(text, box[1], after)
+        ):
             break
         parts.append(box[0])
         after = start

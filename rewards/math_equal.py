@@ -22,7 +22,19 @@ from kimi_rl.rewards.numeric import (
     rounds_to,
     unknowns,
 )
-from kimi_rl.rewards.reading import Based, Items, Matrix, Node, Relation, Scalar, Sequence, Union, Words, read, words_of
+from kimi_rl.rewards.reading import (
+    Based,
+    Items,
+    Matrix,
+    Node,
+    Relation,
+    Scalar,
+    Sequence,
+    Union,
+    Words,
+    read,
+    words_of,
+)
 
 # math-verify warns at every call that its own timeouts are off; the deadline of the worker replaces them.
 logging.getLogger("math_verify").setLevel(logging.ERROR)
@@ -76,7 +88,9 @@ def _equal(gold: Node, answer: Node) -> bool:
         return _matches_in_any_order(gold.items, answer.items)
     assert isinstance(gold, Matrix)
     return [len(row) for row in gold.rows] == [len(row) for row in answer.rows] and all(
-        _equal(a, b) for left, right in zip(gold.rows, answer.rows, strict=True) for a, b in zip(left, right, strict=True)
+        _equal(a, b)
+        for left, right in zip(gold.rows, answer.rows, strict=True)
+        for a, b in zip(left, right, strict=True)
     )
 
 
@@ -97,7 +111,9 @@ def _matches_in_any_order(gold: tuple, answer: tuple) -> bool:
 
 
 def _equal_items(gold: Items, answer: Items) -> bool:
-    gold_labels, answer_labels = ([getattr(item, "label", None) for item in node.items] for node in (gold, answer))
+    gold_labels, answer_labels = (
+        [getattr(item, "label", None) for item in node.items] for node in (gold, answer)
+    )
     # "x = 1, y = 2" against "1, 2": the order is all that says which is which.
     named, bare = (gold_labels, answer_labels) if any(gold_labels) else (answer_labels, gold_labels)
     if len(set(named)) > 1 and all(named) and not any(bare):
@@ -110,14 +126,17 @@ def _equal_in_order(gold: tuple, answer: tuple) -> bool:
 
 
 def _equal_list_and_other(gold: Node, answer: Node) -> bool:
-    """A comma list against a tuple `(1, 2)` (in the tuple's order) or, of inequalities, against a union."""
+    """A comma list against a tuple `(1, 2)` (in its order), a union (of inequalities), or one value given
+    twice.
+    """
     items, other = (gold, answer) if isinstance(gold, Items) else (answer, gold)
     assert isinstance(items, Items)
     if isinstance(other, Sequence) and not items.braces and (other.opening, other.closing) == ("(", ")"):
         return _equal_in_order(gold.items, answer.items)  # type: ignore[union-attr]
     if isinstance(other, Union) and all(isinstance(item, Sequence) and item.label for item in items.items):
         return _matches_in_any_order(gold.items, answer.items)  # type: ignore[union-attr]
-    return False
+    # "15 39/40 or 639/40": two spellings of one answer, all of which have to be right.
+    return items is answer and not items.braces and all(_equal(gold, item) for item in items.items)
 
 
 def _equal_sequences(gold: Sequence, answer: Sequence) -> bool:
@@ -132,7 +151,8 @@ def _equal_relation(gold: Node, answer: Node) -> bool:
     if isinstance(gold, Relation) and isinstance(answer, Relation):
         if gold.label and gold.label == answer.label:
             return _chain_is(answer, gold.sides[-1])
-        # "x = 5" is a solution: an equation that merely has it (2x + 3 = 13, copied from the question) is none.
+        # "x = 5" is a solution: an equation that merely has it (2x + 3 = 13, copied from the question) is
+        # none.
         if gold.label and not _has_unknowns(gold.sides[-1]):
             return False
         return _equivalent_relations(gold, answer)
@@ -161,7 +181,10 @@ def _equivalent_relations(gold: Relation, answer: Relation) -> bool:
     for relation in (gold, answer):
         if len(relation.ops) != 1:
             return False
-        sides = [sympy.Symbol(s.text, real=True) if isinstance(s, Words) else getattr(s, "expr", None) for s in relation.sides]
+        sides = [
+            sympy.Symbol(s.text, real=True) if isinstance(s, Words) else getattr(s, "expr", None)
+            for s in relation.sides
+        ]
         if None in sides:
             return False
         differences.append(sympy.Add(sides[0], sympy.Mul(-1, sides[1], evaluate=False), evaluate=False))

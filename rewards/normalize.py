@@ -12,12 +12,15 @@ class Unreadable(ValueError):
 
 _UNICODE = {
     "−": "-", "–": "-", "—": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∞": r"\infty ",
-    "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ", "°": r"^\circ ",
+    "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "±": r"\pm ", "∓": r"\mp ", "≈": r"\approx ",
+    "°": r"^\circ ",
     "∪": r"\cup ", "∈": r"\in ", "∅": r"\emptyset ", "⟨": "(", "⟩": ")", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-    "⌈": r"\lceil ", "⌉": r"\rceil ", "⁰": "^{0}", "¹": "^{1}", "²": "^{2}", "³": "^{3}", "⁴": "^{4}", "⁵": "^{5}",
+    "⌈": r"\lceil ", "⌉": r"\rceil ", "⁰": "^{0}", "¹": "^{1}", "²": "^{2}", "³": "^{3}", "⁴": "^{4}",
+    "⁵": "^{5}",
     "⁶": "^{6}", "⁷": "^{7}", "⁸": "^{8}", "⁹": "^{9}", "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}",
     "¾": r"\frac{3}{4}", "π": r"\pi ", "θ": r"\theta ", "α": r"\alpha ", "β": r"\beta ", "γ": r"\gamma ",
-    "δ": r"\delta ", "λ": r"\lambda ", "μ": r"\mu ", "ω": r"\omega ", "φ": r"\phi ", "σ": r"\sigma ", "√": r"\sqrt ",
+    "δ": r"\delta ", "λ": r"\lambda ", "μ": r"\mu ", "ω": r"\omega ", "φ": r"\phi ", "σ": r"\sigma ",
+    "√": r"\sqrt ",
     "’": "'", "\u00a0": " ",
 }  # fmt: skip
 _UNICODE_TABLE = str.maketrans(_UNICODE)
@@ -29,7 +32,10 @@ _TOKEN = re.compile(_ARGUMENT)
 _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        (r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)", ""),
+        (
+            r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|bigg|Bigg)(?![A-Za-z])\s*\.?(?=[\s()\[\]{}|\\<>/]|$)",
+            "",
+        ),
         (r"\\(?:left|right)(?![A-Za-z])", ""),
         (r"\\(?:displaystyle|limits|nolimits|textstyle)(?![A-Za-z])", ""),
         (r"\\phantom\s*(?:\{[^{}]*\}|.)", ""),
@@ -40,8 +46,12 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\\\$", r"\\dollar "),
         (r"(?<!\\)\\[()\[\]]", " "),
         (r"\\%", "%"),
-        (r"\\(?:textbf|textit|textrm|textnormal|textsf|mbox|hbox|mathrm|mathbf|mathit|operatorname|rm|bf|text)\s*\{\s*", r"\\text{"),
-        # Subscripts that are words or commands become plain letters: \lambda_{\text{red}}, M_{\odot}, m_{\max}.
+        (
+            r"\\(?:textbf|textit|textrm|textnormal|textsf|mbox|hbox|mathrm|mathbf|mathit|operatorname|rm|bf|text)\s*\{\s*",
+            r"\\text{",
+        ),
+        # Subscripts that are words or commands become plain letters: \lambda_{\text{red}}, M_{\odot},
+        # m_{\max}.
         (r"_\s*\{\s*\\text\{\s*([A-Za-z0-9]+)\s*\}\s*\}", r"_{\1}"),
         (r"_\s*\{\s*\\([A-Za-z]+)\s*\}", r"_{\1}"),
         (r"\\hbar(?![A-Za-z])", "h_{bar}"),
@@ -65,7 +75,10 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"(?<![A-Za-z])(?:np|math)\.(?=[a-z])", ""),
         (r"\*\*", "^"),
         (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![\\A-Za-z])(pi|theta|sin|cos|tan|sec|csc|cot|log|ln|arcsin|arccos|arctan)(?![A-Za-z])", r"\\\1 "),
+        (
+            r"(?<![\\A-Za-z])(pi|theta|sin|cos|tan|sec|csc|cot|log|ln|arcsin|arccos|arctan)(?![A-Za-z])",
+            r"\\\1 ",
+        ),
         (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
         (r"\*", r" \\cdot "),
         (r"\s+", " "),
@@ -84,7 +97,8 @@ def check_characters(text: str) -> None:
 
 
 def normalize(text: str) -> str:
-    """The answer in one spelling of LaTeX, without `$`, spacing commands, `\\left`/`\\right` or closing punctuation.
+    """The answer in one spelling of LaTeX, without `$`, spacing commands, `\\left`/`\\right` or closing
+    punctuation.
 
     Raises Unreadable on forbidden characters and on brackets that do not match.
     """
@@ -121,7 +135,9 @@ def squash(text: str) -> str:
 
 
 def split_top(text: str, separator: str) -> list[str]:
-    """`text` cut at the regular expression `separator` wherever it stands outside all brackets; parts stripped."""
+    """`text` cut at the regular expression `separator` wherever it stands outside all brackets; parts
+    stripped.
+    """
     pattern = re.compile(separator)
     parts, depth, start, index = [], 0, 0, 0
     while index < len(text):
@@ -156,9 +172,8 @@ def _check_brackets(text: str) -> None:
             stack.append(char)
             if len(stack) > 60:
                 raise Unreadable("its brackets are nested more than 60 deep")
-        elif char in ")]}":
-            # "(" may close with "]" and "[" with ")": half-open intervals.
-            if not stack or (stack.pop() == "{") != (char == "}"):
-                raise Unreadable("its brackets do not match")
+        # "(" may close with "]" and "[" with ")": half-open intervals.
+        elif char in ")]}" and (not stack or (stack.pop() == "{") != (char == "}")):
+            raise Unreadable("its brackets do not match")
     if stack:
         raise Unreadable("its brackets do not match")

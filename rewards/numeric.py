@@ -1,7 +1,8 @@
-"""Evaluate sympy trees with bounds: exact rationals where possible, else enough digits to tell two numbers apart.
+"""Evaluate sympy trees with bounds: exact rationals where possible, else enough digits to tell two numbers
+apart.
 
-sympy's own `simplify`, `evalf` and `==` are not used for this: they may take forever, and rounding to a fixed number
-of decimals makes 1/2^99 equal 1/2^98.
+sympy's own `simplify`, `evalf` and `==` are not used for this: they may take forever, and rounding to a
+fixed number of decimals makes 1/2^99 equal 1/2^98.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class Undefined(ValueError):
 
 
 def exact(expr: sympy.Basic) -> Fraction | None:
-    """The rational value of `expr`, or None if it is not built of rational operations. Raises TooLarge, Undefined."""
+    """The rational value of `expr`, or None if it is not built of rational operations. Raises TooLarge,
+    Undefined.
+    """
     if isinstance(expr, sympy.Rational):
         return Fraction(expr.p, expr.q)
     if isinstance(expr, sympy.UnevaluatedExpr):
         return exact(expr.args[0])
-    if not isinstance(expr, (sympy.Add, sympy.Mul, sympy.Pow, sympy.factorial, sympy.Abs, sympy.floor, sympy.ceiling)):
+    if not isinstance(
+        expr, (sympy.Add, sympy.Mul, sympy.Pow, sympy.factorial, sympy.Abs, sympy.floor, sympy.ceiling)
+    ):
         return None
     values = []
     for part in expr.args:
@@ -103,7 +108,9 @@ def unknowns(expr: sympy.Basic) -> set[sympy.Basic]:
 
 
 class _Evaluator:
-    """Evaluates at the precision set in `mp`, and notes the largest power of ten met (of values and their inverses)."""
+    """Evaluates at the precision set in `mp`, and notes the largest power of ten met (of values and their
+    inverses).
+    """
 
     def __init__(self, values: Mapping[str, Fraction]):
         self.values, self.magnitude = values, 0
@@ -133,7 +140,12 @@ class _Evaluator:
             if value is None:
                 raise Unsupported(f"the symbol {expr}")
             return mpf(value.numerator) / value.denominator
-        for constant, value in ((sympy.pi, mp.pi), (sympy.E, mp.e), (sympy.I, mpc(0, 1)), (sympy.GoldenRatio, mp.phi)):
+        for constant, value in (
+            (sympy.pi, mp.pi),
+            (sympy.E, mp.e),
+            (sympy.I, mpc(0, 1)),
+            (sympy.GoldenRatio, mp.phi),
+        ):
             if expr is constant:
                 return +value
         if isinstance(expr, sympy.Add):
@@ -167,8 +179,14 @@ class _Evaluator:
 _FUNCTIONS = {
     "Abs": abs,
     "log": mp.log,
-    **{name: getattr(mp, name) for name in "sin cos tan sec csc cot asin acos atan asec acsc acot".split()},
-    **{name: getattr(mp, name) for name in "sinh cosh tanh asinh acosh atanh floor binomial factorial".split()},
+    **{
+        name: getattr(mp, name)
+        for name in ["sin", "cos", "tan", "sec", "csc", "cot", "asin", "acos", "atan", "asec", "acsc", "acot"]
+    },
+    **{
+        name: getattr(mp, name)
+        for name in ["sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "floor", "binomial", "factorial"]
+    },
     "ceiling": mp.ceil,
     "UnevaluatedExpr": lambda value: value,
     "re": mp.re,
@@ -194,7 +212,7 @@ def _both(a: sympy.Basic, b: sympy.Basic, values: Mapping[str, Fraction]) -> tup
 
 
 def constants_equal(a: sympy.Basic, b: sympy.Basic) -> bool:
-    """Whether two expressions without symbols are the same number. Raises TooLarge, Unsupported, Undefined."""
+    """Whether two constant expressions are the same number. Raises TooLarge, Unsupported, Undefined."""
     left, right = exact(a), exact(b)
     if left is not None and right is not None:
         return left == right
@@ -204,7 +222,8 @@ def constants_equal(a: sympy.Basic, b: sympy.Basic) -> bool:
 
 
 def rounds_to(expr: sympy.Basic, written: str) -> bool:
-    """Whether the plain decimal `written` is the constant `expr`, correctly rounded, to at least six decimals.
+    """Whether the plain decimal `written` is the constant `expr`, correctly rounded, to at least six
+    decimals.
 
     At least four significant digits are needed too: 0.000001 says too little about 1/2^20.
     """
@@ -222,8 +241,9 @@ def rounds_to(expr: sympy.Basic, written: str) -> bool:
 def expressions_equal(a: sympy.Basic, b: sympy.Basic) -> bool:
     """Whether two expressions with symbols agree at random points, to a hundred digits.
 
-    Symbols are real (complex if `i` is written); those named n, k, m, j stand for whole numbers. Points where either
-    side is undefined, or not real without an `i` in sight, do not count. Raises Unsupported if fewer than 3 are left.
+    Symbols are real (complex if `i` is written); those named n, k, m, j stand for whole numbers. Points
+    where either side is undefined, or not real without an `i` in sight, do not count. Raises Unsupported if
+    fewer than 3 are left.
     """
     agreed = 0
     for left, right, tolerance in _at_points(a, b):
@@ -239,7 +259,9 @@ def expressions_equal(a: sympy.Basic, b: sympy.Basic) -> bool:
 def constant_ratio(a: sympy.Basic, b: sympy.Basic) -> int:
     """Sign (1 or -1) of a/b if that is one real constant other than 0, else 0."""
     ratios = [
-        left / right for left, right, tolerance in _at_points(a, b) if abs(right) > tolerance and abs(left) > tolerance
+        left / right
+        for left, right, tolerance in _at_points(a, b)
+        if abs(right) > tolerance and abs(left) > tolerance
     ]
     if len(ratios) < 3 or any(abs(ratio - ratios[0]) > mpf(10) ** -12 * abs(ratios[0]) for ratio in ratios):
         return 0

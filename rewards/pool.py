@@ -1,8 +1,9 @@
-"""Verdicts from killable child processes: a deadline and a memory limit each, order kept, no signals, no threads.
+"""Verdicts from killable child processes: a deadline and a memory limit each, order kept, no signals, no
+threads.
 
-A pool owns `workers` children (see `worker.py`). The calling thread itself feeds them and waits on their pipes, so the
-pool works the same from the main thread, any other thread, a Ray actor, or inside a running asyncio loop (where
-`averify_many` keeps the loop free).
+A pool owns `workers` children (see `worker.py`). The calling thread itself feeds them and waits on their
+pipes, so the pool works the same from the main thread, any other thread, a Ray actor, or inside a running
+asyncio loop (where `averify_many` keeps the loop free).
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from kimi_rl.rewards.kinds import check_kind, decide_here
 from kimi_rl.rewards.verdict import Verdict
 
 _START_TIMEOUT_S = 120.0
-# Beyond the deadline, which the worker itself enforces: only a worker that was stopped or killed gets here.
+# How many deadlines a comparison gets that others keep from computing.
+_STARVED_FACTOR = 4
+# Beyond the longest wait, which the worker itself enforces: only a worker that was stopped gets here.
 _GRACE_S = 10.0
 _CACHE_SIZE = 100_000
 Key = tuple[str, str, str]
@@ -60,9 +63,16 @@ class _Worker:
 
     def send(self, task: Key) -> None:
         answer, gold, kind = task
-        request = {"kind": kind, "answer": answer, "gold": gold, "deadline_s": self._deadline_s}
+        longest_s = _STARVED_FACTOR * self._deadline_s
+        request = {
+            "kind": kind,
+            "answer": answer,
+            "gold": gold,
+            "deadline_s": self._deadline_s,
+            "longest_s": longest_s,
+        }
         data = memoryview(json.dumps(request).encode() + b"\n")
-        self.task, self.expires = task, time.monotonic() + self._deadline_s + _GRACE_S
+        self.task, self.expires = task, time.monotonic() + longest_s + _GRACE_S
         try:
             while data:
                 data = data[self._stdin.write(data) :]
@@ -92,10 +102,12 @@ class _Worker:
 class VerifierPool:
     """Verifies completions in `workers` child processes.
 
-    `deadline_s`: wall-clock seconds of one verdict; passing it is `timeout`. `memory_mb`: address space of one
-    computing process; passing it is `crashed`. Children start on the first verdict that needs one. `correct`, `wrong`
-    and `unparseable_gold` verdicts are cached by (answer, gold, kind); `timeout` and `crashed` may be the machine's
-    fault and are shared only within one call. Thread-safe; calls from several threads take turns.
+    `deadline_s`: wall-clock seconds of one verdict; passing it is `timeout` (up to four times as long for a
+    comparison that other processes keep from computing, so that a crowded machine does not change rewards).
+    `memory_mb`: address space of one computing process; passing it is `crashed`. Children start on the first
+    verdict that needs one. `correct`, `wrong` and `unparseable_gold` verdicts are cached by (answer, gold,
+    kind); `timeout` and `crashed` may be the machine's fault and are shared only within one call.
+    Thread-safe; calls from several threads take turns.
     """
 
     def __init__(self, workers: int = 1, deadline_s: float = 5.0, memory_mb: int = 2048):
@@ -145,10 +157,10 @@ class VerifierPool:
     ) -> list[Verdict]:
         """Verdicts of (completion, gold) pairs, in their order.
 
-        `kind`: `math`, `exact`, `integer`, `choice` or `package.module:function` (called as function(answer, gold) in
-        a child, returns bool, float, None or Verdict). `extract`: allowed final-answer markers; empty: the whole
-        completion is the answer. A gold that ends in `#### x` or holds a `\\boxed{x}` is read as x.
-        Raises InputError on an unknown kind or marker and on a pair that is not two strings.
+        `kind`: `math`, `exact`, `integer`, `choice` or `package.module:function` (called as function(answer,
+        gold) in a child, returns bool, float, None or Verdict). `extract`: allowed final-answer markers;
+        empty: the whole completion is the answer. A gold that ends in `#### x` or holds a `\\boxed{x}` is
+        read as x. Raises InputError on an unknown kind or marker and on a pair that is not two strings.
         """
         check_kind(kind)
         verdicts: list[Verdict | None] = [None] * len(pairs)
@@ -269,8 +281,13 @@ def _prepare(row: int, pair: tuple[str, str], kind: str, extract: Sequence[str])
         return Verdict.of("unparseable_gold", answer, "the gold answer is empty")
     if answer is None:
         wanted = {"boxed": "\\boxed{...}", "hash": "#### ...", "answer": "Answer: ..."}
-        return Verdict.of("no_answer", None, "no final answer: looked for " + " or ".join(wanted[m] for m in extract)
-                          if extract else "the answer is empty")
+        return Verdict.of(
+            "no_answer",
+            None,
+            "no final answer: looked for " + " or ".join(wanted[m] for m in extract)
+            if extract
+            else "the answer is empty",
+        )
     outcome = decide_here(answer, gold, kind)
     return Verdict.of(outcome[0], answer, outcome[1]) if outcome else (answer, gold, kind)
 
@@ -291,7 +308,9 @@ def _default_pool() -> VerifierPool:
 def verify(
     completion: str, gold: str, *, kind: str = "math", extract: Sequence[str] = ("boxed", "hash")
 ) -> Verdict:
-    """The verdict on one completion, from a pool of one worker that all calls share. See `VerifierPool.verify_many`."""
+    """The verdict on one completion, from a pool of one worker that all calls share. See
+    `VerifierPool.verify_many`.
+    """
     return _default_pool().verify(completion, gold, kind=kind, extract=extract)
 
 

@@ -1,8 +1,8 @@
 """Read a normalised answer into a tree: list, tuple or interval, union, relation, matrix, number, words.
 
-The structure is read here, from the text; only scalars go through math-verify's LaTeX parser. That parser accepts
-more than it should (`1 2` is 3, `43_5` is 43, `answer` is a product of six symbols) and forgets what it read
-(`(2,1)` as an interval is empty), so those cases are settled first.
+The structure is read here, from the text; only scalars go through math-verify's LaTeX parser. That parser
+accepts more than it should (`1 2` is 3, `43_5` is 43, `answer` is a product of six symbols) and forgets what
+it read (`(2,1)` as an interval is empty), so those cases are settled first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
@@ -55,7 +56,9 @@ class Items:
 
 @dataclass(frozen=True)
 class Sequence:
-    """Brackets around several things in order: a tuple, a point, an interval. `label`: the variable of `1 < x < 2`."""
+    """Brackets around several things in order: a tuple, a point, an interval. `label`: the variable of `1 <
+    x < 2`.
+    """
 
     opening: str
     items: tuple
@@ -77,7 +80,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Relation:
-    """`sides[0] ops[0] sides[1] ...`. `label`: the left side of an equation when it only names what follows."""
+    """`sides[0] ops[0] sides[1] ...`. `label`: the left side of an equation when it only names what
+    follows.
+    """
 
     sides: tuple
     ops: tuple
@@ -94,10 +99,17 @@ _DECIMAL = re.compile(r"[-+]?(?:[1-9]\d{0,2}(?:,\d{3})+|\d*)\.\d*")
 _THOUSANDS = re.compile(r"(?<![\d,.])([1-9]\d{0,2}(?:,\d{3})+)(?![\d,])")
 _FRACTION = re.compile(r"\\frac\s*\{\s*([-+]?\d+)\s*\}\s*\{\s*([-+]?\d+)\s*\}|(\d+)\s*/\s*(\d+)")
 _MIXED = re.compile(r"([-+]?)\s*(\d+)\s*(?:\\frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|\s(\d+)\s*/\s*(\d+))")
-_SCIENTIFIC = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+))\s*(?:[eE]|(?:\\times|\\cdot|x)\s*10\s*\^)\s*\{?\s*([-+]?\d{1,6})\s*\}?")
+_SCIENTIFIC = re.compile(
+    r"([-+]?(?:\d+\.?\d*|\.\d+))\s*(?:[eE]|(?:\\times|\\cdot|x)\s*10\s*\^)\s*\{?\s*([-+]?\d{1,6})\s*\}?"
+)
 _REPEATING = re.compile(r"([-+]?)(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
-_BASED = re.compile(r"(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*_\s*(?:\{\s*)?(?:\\text\{\s*)?(\d{1,2}|two|three|four|five|six|seven|eight|nine)\s*\}*")
-_BASE_WORDS = {word: str(at) for at, word in enumerate("two three four five six seven eight nine".split(), 2)}
+_BASED = re.compile(
+    r"(-?[0-9A-Fa-f]+(?:\.[0-9A-Fa-f]+)?)\s*_\s*(?:\{\s*)?(?:\\text\{\s*)?(\d{1,2}|two|three|four|five|six|seven|eight|nine)\s*\}*"
+)
+_BASE_WORDS = {
+    word: str(at)
+    for at, word in enumerate(["two", "three", "four", "five", "six", "seven", "eight", "nine"], 2)
+}
 _MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}", re.S)
 _NAME = r"\\?[A-Za-z]+(?:_(?:\{[A-Za-z0-9]+\}|[A-Za-z0-9]))?'*"
 _LABEL = re.compile(
@@ -105,7 +117,30 @@ _LABEL = re.compile(
 )
 _NO_LABELS = {"\\pi", "e", "i", "\\infty", "\\text"}
 _KNOWN = frozenset(
-    "sin cos tan sec csc cot log ln lim exp max min gcd lcm det mod arcsin arccos arctan sinh cosh tanh".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "sec",
+        "csc",
+        "cot",
+        "log",
+        "ln",
+        "lim",
+        "exp",
+        "max",
+        "min",
+        "gcd",
+        "lcm",
+        "det",
+        "mod",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+    ]
 )
 _LETTERS = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 _SHORT_WORDS = {"no", "on", "if", "is", "am", "pm", "up", "at", "in", "it", "to"}
@@ -116,7 +151,9 @@ def read(text: str) -> Node:
     if not text:
         raise Unreadable("it is empty")
     if len(re.findall(r"\\(?:pm|mp)(?![A-Za-z])", text)) == 1:
-        return Items(tuple(read(re.sub(r"\\(?:pm|mp)(?![A-Za-z])", f" {sign} ", text).strip(" +")) for sign in "+-"))
+        return Items(
+            tuple(read(re.sub(r"\\(?:pm|mp)(?![A-Za-z])", f" {sign} ", text).strip(" +")) for sign in "+-")
+        )
     if text.startswith("\\text{") and closes_at_end(text[5:]):
         inner = text[6:-1].strip()
         if re.fullmatch(r"[A-Za-z]{2,}", inner) or not re.search(r"[A-Za-z0-9]", inner):
@@ -219,7 +256,9 @@ def _interval(nodes: tuple, ops: list[str], sides: list[str]) -> Sequence | None
 
 
 def _words(text: str) -> str:
-    """One spelling of a text answer: no \\text{}, no case (a single letter keeps its own), no brackets around it."""
+    """One spelling of a text answer: no \\text{}, no case (a single letter keeps its own), no brackets
+    around it.
+    """
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text)
     plain = re.sub(r"\s+", " ", re.sub(r"\\dollar ", "$", plain)).strip(" .()")
     return plain if len(plain) == 1 else plain.casefold()
@@ -282,6 +321,7 @@ def _plain_number(text: str) -> tuple[Fraction, str | None] | None:
     return None
 
 
+@lru_cache(maxsize=2048)  # The gold answer comes back with every completion of its group.
 def _parse(text: str) -> sympy.Basic:
     """The sympy tree of one LaTeX expression, unevaluated, decimals as exact fractions. Raises Unreadable."""
     if re.search(r"(?<![_\d])\d+\s+\d", text):
@@ -290,7 +330,9 @@ def _parse(text: str) -> sympy.Basic:
         raise Unreadable("a number has a subscript")
     if "%" in text or "\\dollar" in text:
         raise Unreadable("a percent or dollar sign stands inside it")
-    text = re.sub(r"(?<![\d_])(\d*)\.(\d+)", lambda m: rf"{{\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}}}", text)
+    text = re.sub(
+        r"(?<![\d_])(\d*)\.(\d+)", lambda m: rf"{{\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}}}", text
+    )
     text = re.sub(r"(\d)\.(?!\d)", r"\1", text)
     # E_1 and e_1 are names; the parser would see Euler's number.
     text = re.sub(r"(?<![A-Za-z\\])([EeI])\s*_\s*(?:\{([A-Za-z0-9]+)\}|([A-Za-z0-9]))", r"Q_{\1\2\3}", text)

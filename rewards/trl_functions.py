@@ -18,7 +18,9 @@ Completion = str | list[dict[str, str]]
 
 
 def completion_text(completion: Completion) -> str:
-    """The text of a completion as TRL passes it: a string, or chat messages (the last one's content counts)."""
+    """The text of a completion as TRL passes it: a string, or chat messages (the last one's content
+    counts).
+    """
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
@@ -43,7 +45,9 @@ class VerifiedReward:
     def __call__(self, *, completions: Sequence[Completion], **columns: object) -> list[float | None]:
         golds = columns.get(self.gold_column)
         if golds is None:
-            raise InputError(f"{self.__name__}: the data set has no column {self.gold_column!r} with the gold answers")
+            raise InputError(
+                f"{self.__name__}: the data set has no column {self.gold_column!r} with the gold answers"
+            )
         pairs = [(completion_text(c), gold) for c, gold in zip(completions, golds, strict=True)]  # type: ignore[call-overload]
         self.last_verdicts = self.pool.verify_many(pairs, kind=self.kind, extract=self.extract)
         return [verdict.value for verdict in self.last_verdicts]
@@ -60,11 +64,15 @@ def per_completion(function: Callable[[str], float]) -> RewardFunction:
 
 
 class WeightedReward:
-    """The weighted sum of TRL reward functions, given as functions or as import paths `package.module:function`."""
+    """The weighted sum of TRL reward functions, given as functions or as import paths
+    `package.module:function`.
+    """
 
     def __init__(self, functions: Sequence[RewardFunction | str], weights: Sequence[float]):
         if len(functions) != len(weights):
-            raise InputError(f"WeightedReward: {len(functions)} functions but {len(weights)} weights; give one each")
+            raise InputError(
+                f"WeightedReward: {len(functions)} functions but {len(weights)} weights; give one each"
+            )
         self.functions = [load_function(f) if isinstance(f, str) else f for f in functions]
         self.weights = list(weights)
         self.__name__ = "+".join(getattr(f, "__name__", type(f).__name__) for f in self.functions)

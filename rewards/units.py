@@ -38,13 +38,23 @@ _NAMES = {
     "pm": "pm",
 }
 # One letter alone is a unit only inside \text{}: a bare "5 m" may be a product.
-_SHORT = {"m": "meter", "s": "second", "g": "gram", "h": "hour", "l": "liter", "j": "joule", "n": "newton", "k": "kelvin"}
+_SHORT = {
+    "m": "meter",
+    "s": "second",
+    "g": "gram",
+    "h": "hour",
+    "l": "liter",
+    "j": "joule",
+    "n": "newton",
+    "k": "kelvin",
+}
 _CANONICAL = {word: name for name, words in _NAMES.items() for word in words.split()}
 _POWERS = {"square": "^2", "sq": "^2", "cubic": "^3", "cu": "^3"}
 _GENERIC = {"", "unit", "units"}
 
 _TEXT_TAIL = re.compile(
-    r"(?P<head>.*?[^\s/])\s*(?P<tail>\\text\{[^{}]*\}(?:\s*(?:\\text\{[^{}]*\}|/|\\cdot|\^\s*\{?\s*-?\d\s*\}?))*)$", re.S
+    r"(?P<head>.*?[^\s/])\s*(?P<tail>\\text\{[^{}]*\}(?:\s*(?:\\text\{[^{}]*\}|/|\\cdot|\^\s*\{?\s*-?\d\s*\}?))*)$",
+    re.S,
 )
 _WORD_TAIL = re.compile(
     r"(?P<head>.*[\d})!])\s*(?P<tail>(?:(?:square|cubic|sq\.?|cu\.?)\s+)?[A-Za-z.]{2,14}"
@@ -56,7 +66,8 @@ _WORD_TAIL = re.compile(
 def split_unit(text: str) -> tuple[str, str | None]:
     """The answer without its unit, and the unit's one name (None if there is none or it is just "units").
 
-    Any `\\text{...}` after an answer is its unit ("7\\text{ ways}"); bare words are one only if they are in the table.
+    Any `\\text{...}` after an answer is its unit ("7\\text{ ways}"); bare words are one only if they are in
+    the table.
     """
     if text.startswith("\\dollar "):
         return text[len("\\dollar ") :].strip(), "dollar"
@@ -70,14 +81,22 @@ def split_unit(text: str) -> tuple[str, str | None]:
     match = _WORD_TAIL.fullmatch(text)
     if match:
         words = re.findall(r"[A-Za-z]+", match["tail"])
-        if all(word.lower() in _CANONICAL or word.lower() in _POWERS or word in ("per", "units") for word in words):
+        if all(
+            word.lower() in _CANONICAL or word.lower() in _POWERS or word in ("per", "units")
+            for word in words
+        ):
             return match["head"], _name(match["tail"])
     return text, None
 
 
 def _name(tail: str) -> str | None:
     plain = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", tail).replace("\\cdot", " ").lower()
-    plain = re.sub(r"[{}\s]+", " ", plain.replace(".", "")).replace(" ^ ", "^").replace(" ^", "^").replace("per", "/")
+    plain = (
+        re.sub(r"[{}\s]+", " ", plain.replace(".", ""))
+        .replace(" ^ ", "^")
+        .replace(" ^", "^")
+        .replace("per", "/")
+    )
     power, names = "", []
     for word in re.findall(r"[a-z]+|\^-?\d|/|[^\sa-z/^]+", plain):
         if word in _POWERS:

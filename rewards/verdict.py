@@ -13,10 +13,11 @@ STATUSES: tuple[Status, ...] = ("correct", "wrong", "no_answer", "unparseable_go
 class Verdict:
     """One verdict.
 
-    `value` is the reward: 1.0 for `correct`, 0.0 for `wrong`, `no_answer`, `timeout` and `crashed` (an answer that
-    hangs or kills the verifier earns nothing), and None for `unparseable_gold`: nothing was measured, so the sample
-    has to leave the batch instead of counting as wrong. A user's own function may give any other float.
-    `parsed` is the final answer found in the completion, None if there was none. `reason` is one line for a person.
+    `value` is the reward: 1.0 for `correct`, 0.0 for `wrong`, `no_answer`, `timeout` and `crashed` (an
+    answer that hangs or kills the verifier earns nothing), and None for `unparseable_gold`: nothing was
+    measured, so the sample has to leave the batch instead of counting as wrong. A user's own function may
+    give any other float. `parsed` is the final answer found in the completion, None if there was none.
+    `reason` is one line for a person.
     """
 
     value: float | None

@@ -25,10 +25,25 @@ BOXED = [
     ("\\boxedtext{7}", None),
     ("7", None),
 ]
-HASH = [("a\n#### 18", "18"), ("#### 18\nmore", "18"), ("####18", "18"), ("#### 1\n#### 2", "2"), ("#### **18**.", "18"),
-        ("####", None), ("### 18", None), ("#### \n18", None)]  # fmt: skip
-ANSWER = [("Answer: 18", "18"), ("**Final answer:** 18", "18"), ("the answer is: $18$.", "$18$"), ("ANSWER : x=1\nok", "x=1"),
-          ("Answer: 1\nAnswer: 2", "2"), ("The answer is 18", None), ("Answer:", None)]  # fmt: skip
+HASH = [
+    ("a\n#### 18", "18"),
+    ("#### 18\nmore", "18"),
+    ("####18", "18"),
+    ("#### 1\n#### 2", "2"),
+    ("#### **18**.", "18"),
+    ("####", None),
+    ("### 18", None),
+    ("#### \n18", None),
+]
+ANSWER = [
+    ("Answer: 18", "18"),
+    ("**Final answer:** 18", "18"),
+    ("the answer is: $18$.", "$18$"),
+    ("ANSWER : x=1\nok", "x=1"),
+    ("Answer: 1\nAnswer: 2", "2"),
+    ("The answer is 18", None),
+    ("Answer:", None),
+]
 
 
 @pytest.mark.parametrize(("text", "expected"), BOXED)
@@ -72,7 +87,9 @@ def test_unknown_marker():
         final_answer("1", ["latex"])
 
 
-@pytest.mark.parametrize("unit", ["\\boxed{", "\\boxed{1}", "#### ", "Answer: ", "{", "}", "\\", "answer is ", " and ", "<think>"])
+@pytest.mark.parametrize(
+    "unit", ["\\boxed{", "\\boxed{1}", "#### ", "Answer: ", "{", "}", "\\", "answer is ", " and ", "<think>"]
+)
 def test_linear_time_on_a_megabyte(unit):
     text = unit * (1_000_000 // len(unit))
     start = time.process_time()

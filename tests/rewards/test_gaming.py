@@ -1,4 +1,4 @@
-"""Completions that try to be paid without an answer, or to break the verifier, with the verdict each must get."""
+"""Completions that try to be paid without an answer, or break the verifier: the verdict each must get."""
 
 import time
 
@@ -83,7 +83,10 @@ CASES = {
 }
 # Answers that keep sympy or its parser busy for minutes.
 SLOW = {
-    "an integral without closed form": ("\\boxed{\\int_0^1 \\sin(x^{x^{x}}) e^{x^{7}} \\, dx}", "\\int_0^1 \\cos(x^{x^x}) dx"),
+    "an integral without closed form": (
+        "\\boxed{\\int_0^1 \\sin(x^{x^{x}}) e^{x^{7}} \\, dx}",
+        "\\int_0^1 \\cos(x^{x^x}) dx",
+    ),
     "a huge sum": ("\\boxed{\\sum_{k=1}^{10^{12}} \\frac{1}{k^2+\\sin(k)}}", "42"),
     "a huge product": ("\\boxed{\\prod_{k=1}^{10^{9}} k}", "42"),
     "a huge binomial": ("\\boxed{\\binom{10^9}{5 \\cdot 10^8}}", "42"),
@@ -92,7 +95,7 @@ SLOW = {
 
 @pytest.fixture(scope="module")
 def pool():
-    with VerifierPool(deadline_s=3.0) as pool:
+    with VerifierPool(deadline_s=2.0) as pool:
         pool.warm_up()
         yield pool
 
@@ -113,5 +116,6 @@ def test_slow_mathematics_ends_at_the_deadline(pool, name):
     start = time.monotonic()
     verdict = pool.verify(completion, gold)
     assert verdict.status in ("timeout", "wrong", "crashed") and verdict.value == 0.0
-    assert time.monotonic() - start < 6.0
+    # Four deadlines at most, which only a crowded machine takes (docs/rewards.md), and room for a restart.
+    assert time.monotonic() - start < 4 * pool.deadline_s + 2.0
     assert pool.verify("\\boxed{\\frac{84}{2}}", "42").status == "correct"

@@ -36,8 +36,13 @@ def pool():
         yield pool
 
 
+def _rows(file: str) -> list[dict]:
+    with open(DATA / file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
 def _golds(file: str) -> list[str]:
-    golds = [json.loads(line)["answer"] for line in (DATA / file).read_text("utf-8").splitlines()]
+    golds = [row["answer"] for row in _rows(file)]
     return [gold.rpartition("####")[2].strip() for gold in golds] if file.startswith("gsm8k") else golds
 
 
@@ -45,20 +50,21 @@ def _golds(file: str) -> list[str]:
 def test_golds_verify_against_themselves(pool, file):
     golds = _golds(file)
     # Boxed, as a completion would hold them, so that extraction is tested on all of them too.
-
     pairs = [(f"The answer is \\boxed{{{gold}}}.", gold) for gold in golds]
     verdicts = pool.verify_many(pairs)
-    bad = [(gold, v.status, v.reason) for gold, v in zip(golds, verdicts, strict=True) if v.status != "correct"]
+    bad = [
+        (gold, v.status, v.reason) for gold, v in zip(golds, verdicts, strict=True) if v.status != "correct"
+    ]
     assert len(bad) <= (1 - FILES[file]) * len(golds), bad
 
 
 def test_gsm8k_solutions_are_golds_and_completions(pool):
-    rows = [json.loads(line)["answer"] for line in (DATA / "gsm8k/test.jsonl").read_text("utf-8").splitlines()]
+    rows = [row["answer"] for row in _rows("gsm8k/test.jsonl")]
     assert {verdict.status for verdict in pool.verify_many([(row, row) for row in rows])} == {"correct"}
 
 
 def test_math500_solutions_are_right(pool):
-    rows = [json.loads(line) for line in (DATA / "math500/test.jsonl").read_text("utf-8").splitlines()]
+    rows = _rows("math500/test.jsonl")
     verdicts = pool.verify_many([(row["solution"], row["answer"]) for row in rows])
     bad = [(row["answer"], v) for row, v in zip(rows, verdicts, strict=True) if v.status != "correct"]
     assert bad == []

@@ -14,7 +14,9 @@ def pool():
 
 def _wrong_verdicts(pool, pairs, expected):
     verdicts = pool.verify_many([(answer, gold) for gold, answer in pairs], kind="math", extract=())
-    return [(pair, v.status, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.status != expected]
+    return [
+        (pair, v.status, v.reason) for pair, v in zip(pairs, verdicts, strict=True) if v.status != expected
+    ]
 
 
 @pytest.mark.parametrize("rule", SAME)
@@ -37,7 +39,9 @@ def test_there_are_enough_pairs():
     assert same >= 100 and different >= 100
 
 
-@pytest.mark.parametrize("gold", ["", "   ", "\\frac{1}{", "???", "}{", "(1, 2", "\\foo", "1 2", "4\u06f2", "4\x002"])
+@pytest.mark.parametrize(
+    "gold", ["", "   ", "\\frac{1}{", "???", "}{", "(1, 2", "\\foo", "1 2", "4\u06f2", "4\x002"]
+)
 def test_a_gold_that_cannot_be_read_has_no_value(pool, gold):
     verdict = pool.verify("\\boxed{1}", gold)
     assert (verdict.value, verdict.status) == (None, "unparseable_gold")

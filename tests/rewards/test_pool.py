@@ -58,8 +58,17 @@ def test_bad_inputs_among_good_ones_keep_order(pool):
     answers = ["a", "hang", "b", "exit", "c", "memory", "raise", "sleep", "print", "d"]
     verdicts = pool.verify_many([(answer, answer) for answer in answers], kind=ACT, extract=())
     assert [v.status for v in verdicts] == [
-        "correct", "timeout", "correct", "crashed", "correct", "crashed", "crashed", "timeout", "correct", "correct",
-    ]  # fmt: skip
+        "correct",
+        "timeout",
+        "correct",
+        "crashed",
+        "correct",
+        "crashed",
+        "crashed",
+        "timeout",
+        "correct",
+        "correct",
+    ]
     assert [v.parsed for v in verdicts] == answers
     assert [v.value for v in verdicts] == [1.0 if v.status == "correct" else 0.0 for v in verdicts]
     assert "exit code 7" in verdicts[3].reason
@@ -85,7 +94,9 @@ def test_order_with_two_workers():
 def test_no_process_is_left_over(tmp_path):
     before = _children()
     pool = VerifierPool(workers=2, deadline_s=0.3)
-    pool.verify_many([(a, str(i)) for i, a in enumerate(["hang", "exit", "sleep", "exit", "a"])], kind=ACT, extract=())
+    pool.verify_many(
+        [(a, str(i)) for i, a in enumerate(["hang", "exit", "sleep", "exit", "a"])], kind=ACT, extract=()
+    )
     executor, supervisor = _pids(pool, tmp_path)
     assert _alive(executor) and _alive(supervisor)
     pool.close()
@@ -98,8 +109,9 @@ def test_no_process_is_left_over(tmp_path):
 def test_children_end_when_the_parent_is_killed(tmp_path):
     file = tmp_path / "pids"
     code = (
-        "from kimi_rl.rewards import VerifierPool; import time\n"
-        f"VerifierPool(deadline_s=60).verify_many([('pid', {str(file)!r}), ('sleep', 'x')], kind={ACT!r}, extract=())"
+        "from kimi_rl.rewards import VerifierPool\n"
+        f"pairs = [('pid', {str(file)!r}), ('sleep', 'x')]\n"
+        f"VerifierPool(deadline_s=60).verify_many(pairs, kind={ACT!r}, extract=())"
     )
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[2])])
     parent = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path})
@@ -122,7 +134,9 @@ def test_a_killed_worker_is_restarted(pool, tmp_path):
 
 def test_an_interrupt_leaves_no_reply_for_the_next_call(pool, monkeypatch):
     pool.verify("a", "a", kind=ACT, extract=())
-    monkeypatch.setattr("kimi_rl.rewards.pool._Worker.receive", lambda worker: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        "kimi_rl.rewards.pool._Worker.receive", lambda worker: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         pool.verify("b", "b", kind=ACT, extract=())
     monkeypatch.undo()
@@ -133,7 +147,9 @@ def test_an_interrupt_leaves_no_reply_for_the_next_call(pool, monkeypatch):
 def test_verdicts_are_cached_by_answer_gold_and_kind(pool, monkeypatch):
     sent = []
     send = pool_module().__dict__["_Worker"].send
-    monkeypatch.setattr("kimi_rl.rewards.pool._Worker.send", lambda worker, task: (sent.append(task), send(worker, task)))
+    monkeypatch.setattr(
+        "kimi_rl.rewards.pool._Worker.send", lambda worker, task: (sent.append(task), send(worker, task))
+    )
     first = pool.verify_many([("a \\boxed{x}", "y"), ("b \\boxed{x}", "y"), ("\\boxed{x}", "x+0")])
     assert sent == [("x", "y", "math"), ("x", "x+0", "math")]
     assert pool.verify_many([("c \\boxed{x}", "y")])[0] == first[0]
@@ -175,7 +191,9 @@ def test_from_threads():
 
 def test_a_hang_is_killed_from_a_thread(pool):
     results = []
-    thread = threading.Thread(target=lambda: results.append(pool.verify("hang", "x", kind=ACT, extract=()).status))
+    thread = threading.Thread(
+        target=lambda: results.append(pool.verify("hang", "x", kind=ACT, extract=()).status)
+    )
     thread.start()
     thread.join(30)
     assert results == ["timeout"]
@@ -218,8 +236,11 @@ def test_from_a_ray_actor():
 
 
 def test_import_is_light():
-    code = "import sys, kimi_rl.rewards; print([m for m in ('torch', 'sympy', 'math_verify', 'ray') if m in sys.modules])"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    heavy = ("torch", "sympy", "math_verify", "ray")
+    code = f"import sys, kimi_rl.rewards; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2]
+    )
     assert run.stdout.strip() == "[]"
 
 
@@ -262,6 +283,11 @@ def test_cases_with_completions_and_bare_answers():
         {"gold": "3", "answer": "4"},
     ]
     assert [v.status for v in verify_cases(rows)] == ["correct", "correct", "no_answer", "wrong"]
-    for bad in ({"gold": "3"}, {"gold": 3, "answer": "3"}, {"gold": "3", "answer": "3", "completion": "3"}, {"answer": "3"}):
+    for bad in (
+        {"gold": "3"},
+        {"gold": 3, "answer": "3"},
+        {"gold": "3", "answer": "3", "completion": "3"},
+        {"answer": "3"},
+    ):
         with pytest.raises(InputError, match="row 2"):
             verify_cases([rows[0], bad])

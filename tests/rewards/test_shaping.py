@@ -5,11 +5,18 @@ import pytest
 from kimi_rl.errors import InputError
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rewards.format import think_answer_format, think_format
-from kimi_rl.rewards.shaping import k15_length_rewards, repetition_penalty, soft_overlong_punishment, weighted_sum
+from kimi_rl.rewards.shaping import (
+    k15_length_rewards,
+    repetition_penalty,
+    soft_overlong_punishment,
+    weighted_sum,
+)
 from kimi_rl.rewards.trl_functions import VerifiedReward, WeightedReward, per_completion
 
 
-@pytest.mark.parametrize(("length", "expected"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (500, -1)])
+@pytest.mark.parametrize(
+    ("length", "expected"), [(0, 0), (80, 0), (85, -0.25), (90, -0.5), (100, -1), (500, -1)]
+)
 def test_soft_overlong_punishment(length, expected):
     assert soft_overlong_punishment(length, max_length=100, cache=20) == expected
 
@@ -35,7 +42,9 @@ def test_k15_length_rewards():
 def test_repetition_penalty():
     assert repetition_penalty([1, 2, 3, 4]) == 0.0
     assert repetition_penalty([1, 1, 1, 1]) == -0.5
-    assert repetition_penalty("a b a b a b".split(), n=2, max_penalty=-2.0) == pytest.approx(-2 * (1 - 2 / 5))
+    assert repetition_penalty(["a", "b", "a", "b", "a", "b"], n=2, max_penalty=-2.0) == pytest.approx(
+        -2 * (1 - 2 / 5)
+    )
     assert repetition_penalty([1, 1], n=3) == 0.0
     with pytest.raises(InputError):
         repetition_penalty([1], max_penalty=1.0)
@@ -86,7 +95,8 @@ def test_weighted_reward_takes_our_functions_paths_and_trls():
     completions = [[{"role": "assistant", "content": text}] for text in ("<think>a</think>b", "b")]
     trl_function = format_rewards.think_format_reward
     total = WeightedReward(
-        [per_completion(think_format), trl_function, "trl.rewards.format_rewards:think_format_reward"], [1.0, 2.0, 4.0]
+        [per_completion(think_format), trl_function, "trl.rewards.format_rewards:think_format_reward"],
+        [1.0, 2.0, 4.0],
     )
     assert total(prompts=["", ""], completions=completions) == [7.0, 0.0]
     assert total.__name__ == "think_format+think_format_reward+think_format_reward"
