@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from kimi_rl.dataset import load_problems
@@ -190,21 +190,25 @@ class RecordCallback(TrainerCallback):
 
 
 class CheckpointNames:
-    """Trainer mixin: checkpoints hold the hub's tensor names, so they are read through our name mapping.
+    """Trainer mixin: checkpoints are written and read under the hub's tensor names, through our own name mapping.
 
-    transformers' own `_load_from_checkpoint` matches raw module names, not strictly: with Kimi Linear's renamed
-    tensors it would silently leave weights untouched.
+    transformers' own writer renames the feed-forward layers of dense Kimi Linear models to names that the published
+    checkpoints do not have, and its reader matches raw module names without being strict: it would leave renamed
+    tensors untouched, silently.
     """
 
+    def _save(self, output_dir=None, state_dict=None):
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.accelerator.unwrap_model(self.model)
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in to_checkpoint(model)}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        model.config.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        files = sorted(Path(resume_from_checkpoint).glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{resume_from_checkpoint}: no *.safetensors file in this checkpoint")
-        weights = {name: tensor for file in files for name, tensor in load_file(file).items()}
+        file = Path(resume_from_checkpoint) / "model.safetensors"
+        if not file.is_file():
+            raise InputError(f"{resume_from_checkpoint}: no model.safetensors in this checkpoint")
         target = self.accelerator.unwrap_model(model if model is not None else self.model)
-        load_into(target, by_layer(weights))
-
-
-def by_layer(weights: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-    """Sorted so that the tensors of a layer are adjacent, as `load_into` expects."""
-    return sorted(weights.items())
+        load_into(target, sorted(load_file(file).items()))  # sorted: a layer's tensors are adjacent

@@ -1,0 +1,126 @@
+"""The RLVR learner in this process, with real rollout workers: importance sampling, losses, prompt order, the gate."""
+
+import math
+
+import pytest
+import torch
+
+from kimi_rl.errors import RunError
+from kimi_rl.learner.rlvr import PromptOrder, run_rlvr
+from kimi_rl.learner.stage import StageContext, StageJob
+from kimi_rl.recipe import Recipe
+from kimi_rl.recipe_load import dump_recipe
+from kimi_rl.rewards import Verdict
+from kimi_rl.run_dir import RunDir
+
+
+def recipe(**stage) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "data": {"task": "arithmetic", "params": {"level": 1}, "train_size": 64, "held_out_size": 4},
+            "stages": [
+                {
+                    "kind": "rlvr",
+                    "steps": 1,
+                    "prompts_per_step": 2,
+                    "group_size": 4,
+                    "scale_rewards": "none",
+                    "mismatch": {"max_kl": None},
+                    "rollout": {"engine": "transformers", "max_tokens": 8},
+                    **stage,
+                }
+            ],
+        }
+    )
+
+
+def parity_reward(pairs):
+    """A reward that varies with the completion: random models are never right, and equal rewards teach nothing."""
+    return [Verdict(float(sum(text.encode()) % 2), "wrong", None, "stand-in") for text, _ in pairs]
+
+
+@pytest.fixture
+def step(ray_local, tmp_path, tiny_models):
+    """Run a stage, with the engine's log-probs shifted by `shift` per token; returns its training rows."""
+
+    def run(shift=0.0, **stage):
+        chosen = recipe(**stage)
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        run_dir = RunDir.create(folder, dump_recipe(chosen))
+        job = StageJob(chosen, 0, str(folder), str(tiny_models["hybrid", "dense"]), "cpu", 2, resume=False)
+        torch.manual_seed(0)
+        context = StageContext(job)
+        context.verify = parity_reward
+        generate = context.pool.generate
+
+        def shifted(requests, params):
+            completions = generate(requests, params)
+            for completion in completions:
+                completion.logprobs[:] = [value + shift for value in completion.logprobs]
+            return completions
+
+        context.pool.generate = shifted
+        try:
+            run_rlvr(context)
+        finally:
+            context.close()
+        return [row for row in run_dir.read_metrics() if row["type"] == "train"]
+
+    return run
+
+
+def test_truncated_importance_sampling_is_alive(step):
+    (plain,) = step()
+    assert plain["is_ratio_mean"] == pytest.approx(1.0, abs=1e-4)
+    assert plain["grad_norm"] > 0
+    # The engine claims tokens to be likelier by e^0.5 than the trainer says: every token weighs e^-0.5.
+    (shifted,) = step(shift=0.5)
+    assert shifted["is_ratio_mean"] == pytest.approx(math.exp(-0.5), rel=1e-3)
+    assert shifted["mismatch_mean_abs"] == pytest.approx(0.5, abs=1e-3)
+    assert shifted["grad_norm"] == pytest.approx(plain["grad_norm"] * math.exp(-0.5), rel=1e-2)
+    # Ratios beyond the cap are cut to it.
+    (capped,) = step(shift=-3.0, importance_sampling={"cap": 2.0})
+    assert capped["is_ratio_mean"] == pytest.approx(2.0, rel=1e-6)
+    assert capped["is_truncated_share"] == 1.0
+    assert capped["grad_norm"] == pytest.approx(plain["grad_norm"] * 2.0, rel=1e-2)
+    # Switched off, the same shift changes nothing.
+    (off,) = step(shift=-3.0, importance_sampling={"enabled": False})
+    assert off["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "bnpo", "cispo"])
+def test_losses_of_trl_are_selectable(step, loss_type):
+    (row,) = step(loss_type=loss_type)
+    assert row["grad_norm"] > 0 and math.isfinite(row["loss"])
+
+
+def test_kl_penalty_against_the_starting_model(step):
+    rows = step(beta=0.1, steps=2, learning_rate=1e-3)
+    assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
+    assert rows[1]["kl"] > 1e-7
+
+
+def test_several_updates_and_micro_batches_per_step(step):
+    rows = step(steps=2, updates_per_step=2, micro_batch_size=2)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert [row["policy_version"] for row in rows] == [0, 2]
+
+
+def test_the_mismatch_gate_stops_the_run(step):
+    with pytest.raises(RunError, match="mismatch.max_kl"):
+        step(shift=1.0, steps=5, mismatch={"max_kl": 0.01, "patience": 2})
+
+
+def test_prompt_order_is_a_function_of_seed_and_step():
+    order = dict(prompts_per_step=3, group_size=2, fetches=2, steps=5, seed=4)
+    rows = list(PromptOrder(7, **order))
+    assert len(rows) == len(PromptOrder(7, **order)) == 5 * 2 * 3 * 2
+    assert rows == list(PromptOrder(7, **order)) != list(PromptOrder(7, **{**order, "seed": 5}))
+    longer = list(PromptOrder(7, **{**order, "steps": 9}))
+    assert longer[: len(rows)] == rows, "a longer run starts the same"
+    steps = [rows[i : i + 12] for i in range(0, len(rows), 12)]
+    for fetch in steps:
+        assert fetch[:6] == fetch[6:], "each micro-batch fetch sees the step's batch"
+        assert fetch[0:6:2] == fetch[1:6:2], "members of a group stand together"
+    prompts = [row for fetch in steps for row in fetch[0:6:2]]
+    assert sorted(prompts[:7]) == list(range(7)), "no prompt comes twice before all have come once"
