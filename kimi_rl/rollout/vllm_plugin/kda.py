@@ -16,9 +16,10 @@ from kimi_rl.kernels.short_conv import short_conv
 class CpuKimiDeltaAttention(KimiGatedDeltaNetAttention):
     """vLLM's shared KDA layer with the state update replaced.
 
-    A step may hold decoding requests (one new token each, always first) and prefilling ones. The former go through
-    `kda_decode`, the latter, packed, through `kda_chunk`, so a token's arithmetic does not depend on what else is in
-    the batch (vLLM's GPU layer sends all of them through the chunk kernel as soon as one request prefills).
+    A step may hold decoding requests (one new token each, always first) and prefilling ones. The former go
+    through `kda_decode`, the latter, packed, through `kda_chunk`, so a token's arithmetic does not depend
+    on what else is in the batch (vLLM's GPU layer sends all of them through the chunk kernel as soon as one
+    request prefills).
     """
 
     def __init__(self, config, vllm_config, prefix: str = "") -> None:
@@ -37,8 +38,8 @@ class CpuKimiDeltaAttention(KimiGatedDeltaNetAttention):
     ) -> None:
         """Fill `core_attn_out` [1, T, H, D].
 
-        mixed_qkv [T, 3*H*D] before the convolution; g1 [1, T, H, D] raw forget gate; g2 [T, H, D] raw output gate;
-        beta [1, T, H] before the sigmoid. T may be padded beyond the step's tokens.
+        mixed_qkv [T, 3*H*D] before the convolution; g1 [1, T, H, D] raw forget gate; g2 [T, H, D] raw
+        output gate; beta [1, T, H] before the sigmoid. T may be padded beyond the step's tokens.
         """
         core_attn_out.zero_()
         metadata = get_forward_context().attn_metadata
@@ -62,7 +63,9 @@ class CpuKimiDeltaAttention(KimiGatedDeltaNetAttention):
             out[now] = self._prefill(mixed_qkv[now], g[now], beta[now], slots[decodes:], bounds, resumed)
         core_attn_out.copy_(self.o_norm(core_attn_out, g2))
 
-    def _decode(self, x: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    def _decode(
+        self, x: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, slots: torch.Tensor
+    ) -> torch.Tensor:
         """One token each: x [B, 3P], g [B, H, D], beta [B, H], slots [B] -> [B, H, D]."""
         conv_state, state = self._states()
         y, window = short_conv(
@@ -83,9 +86,10 @@ class CpuKimiDeltaAttention(KimiGatedDeltaNetAttention):
         bounds: torch.Tensor,
         resumed: torch.Tensor,
     ) -> torch.Tensor:
-        """N sequences packed: x [T, 3P], g [T, H, D], beta [T, H], bounds [N+1], slots and resumed [N] -> [T, H, D].
+        """N packed sequences: x [T, 3P], g [T, H, D], beta [T, H], bounds [N+1], slots, resumed [N].
 
-        `resumed` is False where a sequence starts here: its slot still holds another request's state.
+        Returns [T, H, D]. `resumed` is False where a sequence starts here: its slot still holds the state of
+        another request.
         """
         conv_state, state = self._states()
         y, window = short_conv(

@@ -1,7 +1,7 @@
 """MLA on a CPU for any head size: vLLM's backend with decoding and the cache write in PyTorch.
 
-vLLM's CPU backend takes latent sizes of 576 and blocks of 16 tokens only, and shares a cache with KDA states badly
-(their pages are larger). Prefill stays vLLM's: scaled dot product attention in PyTorch.
+vLLM's CPU backend takes latent sizes of 576 and blocks of 16 tokens only, and shares a cache with KDA
+states badly (their pages are larger). Prefill stays vLLM's: scaled dot product attention in PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,12 @@ class TorchMLAMetadata(MLACommonMetadata):
 class TorchMLAMetadataBuilder(MLACommonMetadataBuilder):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device, metadata_cls=None, **kwargs):
         super().__init__(
-            kv_cache_spec, layer_names, vllm_config, device, metadata_cls=metadata_cls or TorchMLAMetadata, **kwargs
+            kv_cache_spec,
+            layer_names,
+            vllm_config,
+            device,
+            metadata_cls=metadata_cls or TorchMLAMetadata,
+            **kwargs,
         )
 
 
@@ -53,8 +58,8 @@ class TorchMLAImpl(CPUMLAImpl):
     def forward_mqa(self, q, kv_c_and_k_pe_cache, attn_metadata, layer):
         """Decode: every query attends its request's latents.
 
-        q [B, H, R + P] (or the pair of its parts), with R the latent rank and P the size of the shared key part;
-        cache [blocks, block size, R + P]. Returns [B, H, R] and no log-sum-exp.
+        q [B, H, R + P] (or the pair of its parts), with R the latent rank and P the size of the shared key
+        part; cache [blocks, block size, R + P]. Returns [B, H, R] and no log-sum-exp.
         """
         if isinstance(q, tuple):
             q = torch.cat(q, dim=-1)
@@ -74,8 +79,9 @@ class TorchMLAImpl(CPUMLAImpl):
         if kv_cache.numel() == 0:  # a profiling run
             return
         slots = slot_mapping.flatten().long()
-        rows = torch.cat([kv_c_normed[: len(slots)], k_pe[: len(slots)].flatten(1)], dim=-1).to(kv_cache.dtype)
+        tokens = len(slots)
+        rows = torch.cat([kv_c_normed[:tokens], k_pe[:tokens].flatten(1)], dim=-1).to(kv_cache.dtype)
         used = slots >= 0
         slots, rows = slots[used], rows[used]
-        # By (block, offset): a cache shared with KDA states has gaps between blocks and cannot be viewed flat.
+        # By (block, offset): a cache shared with KDA states has gaps between blocks, so it has no flat view.
         kv_cache[slots // kv_cache.shape[1], slots % kv_cache.shape[1]] = rows

@@ -1,7 +1,7 @@
 """`KimiLinearForCausalLM` for vLLM's CPU platform.
 
-Forward, logits, weight loading and cache specifications are inherited from vLLM's class. Only the constructors are
-ours: vLLM's create CUDA streams and pick the GPU layers.
+Forward, logits, weight loading and cache specifications are inherited from vLLM's class. Only the
+constructors are ours: vLLM's create CUDA streams and pick the GPU layers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class KimiMLAAttention(nn.Module):
     def __init__(self, config, vllm_config, prefix: str):
         super().__init__()
         if not config.mla_use_nope or config.q_lora_rank is not None or config.mla_use_output_gate:
-            raise NotImplementedError("MLA on a CPU: mla_use_nope true, q_lora_rank null and no output gate only")
+            raise NotImplementedError(
+                "MLA on a CPU: mla_use_nope true, q_lora_rank null and no output gate only"
+            )
         quant = vllm_config.quant_config
         hidden, heads, rank = config.hidden_size, config.num_attention_heads, config.kv_lora_rank
         nope, shared, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
@@ -35,7 +37,7 @@ class KimiMLAAttention(nn.Module):
 
         self.kv_a_proj_with_mqa = linear(ReplicatedLinear, "kv_a_proj_with_mqa", hidden, rank + shared)
         self.q_proj = linear(ColumnParallelLinear, "q_proj", hidden, heads * (nope + shared))
-        # Not `rms_norm_eps`: transformers and the published model code leave this norm at its default of 1e-6.
+        # Not `rms_norm_eps`: transformers and the published model code leave this norm at 1e-6, its default.
         self.kv_a_layernorm = RMSNorm(rank, eps=1e-6)
         self.kv_b_proj = linear(ColumnParallelLinear, "kv_b_proj", rank, heads * (nope + value))
         self.o_proj = linear(RowParallelLinear, "o_proj", heads * value, hidden)

