@@ -192,3 +192,13 @@ def test_a_space_without_held_out_problems_is_an_error():
     missing = next(s for s in ("train", "held_out") if not any(task.split_of(q + "<sep>") == s for q in "ab"))
     with pytest.raises(InputError, match=rf"palindrome with length=1, symbols=2 found no {missing} problem"):
         task.generate(0, missing, 0, params)
+
+
+def test_direct_share_leaves_out_the_working_of_that_share():
+    task = get_task("arithmetic")
+    params = task.parse_params({"level": 2, "digits": 1, "direct_share": 0.7})
+    problems = task.problems(1000, "train", 0, params)
+    direct = sum(problem.solution == f"#### {problem.answer}" for problem in problems) / len(problems)
+    assert abs(direct - 0.7) < 4 * (0.7 * 0.3 / len(problems)) ** 0.5
+    plain = task.problems(1000, "train", 0, task.parse_params({"level": 2, "digits": 1}))
+    assert all("=" in problem.solution for problem in plain)
