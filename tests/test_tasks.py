@@ -194,11 +194,11 @@ def test_a_space_without_held_out_problems_is_an_error():
         task.generate(0, missing, 0, params)
 
 
-def test_direct_share_leaves_out_the_working_of_that_share():
+def test_slip_share_states_wrong_answers_in_that_share_and_never_as_gold():
     task = get_task("arithmetic")
-    params = task.parse_params({"level": 2, "digits": 1, "direct_share": 0.7})
+    params = task.parse_params({"level": 2, "digits": 1, "slip_share": 0.6})
     problems = task.problems(1000, "train", 0, params)
-    direct = sum(problem.solution == f"#### {problem.answer}" for problem in problems) / len(problems)
-    assert abs(direct - 0.7) < 4 * (0.7 * 0.3 / len(problems)) ** 0.5
-    plain = task.problems(1000, "train", 0, task.parse_params({"level": 2, "digits": 1}))
-    assert all("=" in problem.solution for problem in plain)
+    stated = [int(problem.solution.rsplit("#### ", 1)[1]) for problem in problems]
+    assert all(value - int(problem.answer) in (0, 1) for value, problem in zip(stated, problems, strict=True))
+    slips = sum(value != int(problem.answer) for value, problem in zip(stated, problems, strict=True)) / 1000
+    assert abs(slips - 0.6) < 4 * (0.6 * 0.4 / 1000) ** 0.5

@@ -12,8 +12,8 @@ Numbers stay non-negative throughout, and products have a one-digit factor, so t
 digit by digit. With `steps: digits` the solution spells those digit steps out, units first, with the carry or
 borrow: `7+8=15 4+3+1=8 47+38=85. #### 85`.
 
-With `direct_share` that share of the solutions is the bare answer (`#### 85`). A model that imitates such a mixture
-often answers without working, and errs; reinforcement learning finds out that working it out pays.
+With `slip_share` that share of the demonstrations is worked out correctly but then states an answer that is one too
+high. Supervised training imitates such slips; reinforcement learning against the true answer unlearns them.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class ArithmeticParams(TaskParams):
     steps: Literal["plain", "digits"] = Field(
         "plain", description="`digits`: solutions show carries and borrows."
     )
-    direct_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.0, description="Share of the solutions that state the answer without working it out."
+    slip_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.0, description="Share of the worked solutions whose stated answer is one too high."
     )
 
     @model_validator(mode="after")
@@ -159,9 +159,8 @@ def _draw(rng: random.Random, params: ArithmeticParams) -> Problem:
             operator = _sign(rng, total, other)
             text, total = f"{text}{operator}{other_text}", work.do(total, operator, other)
     # Drawn only when asked for, so that the problems of other settings stay what they were.
-    if params.direct_share and rng.random() < params.direct_share:
-        work.lines.clear()
-    return Problem(f"{text}=?", work.solution(total), str(total))
+    slip = bool(params.slip_share) and rng.random() < params.slip_share
+    return Problem(f"{text}=?", work.solution(total + slip), str(total))
 
 
 def _same_numbers(question: str) -> str:
