@@ -105,7 +105,8 @@ def test_real_gsm8k_rows_and_the_mla_arm(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rollouts = pd.concat(pd.read_parquet(p) for p in (out / "rollouts" / "rlvr").glob("*.parquet"))
-    real = {json.loads(line)["question"] for line in (DATA / "gsm8k" / "train.jsonl").read_text().splitlines()}
+    with (DATA / "gsm8k" / "train.jsonl").open(encoding="utf-8") as lines:
+        real = {json.loads(line)["question"] for line in lines}
     assert len(rollouts) == 8 and set(rollouts["question"]) <= real
     assert rollouts["status"].notna().all() and rollouts["completion"].notna().all()
     kinds = json.loads((out / "model" / "config.json").read_text())["layer_types"]
