@@ -159,7 +159,7 @@ def verify(
     cases: Annotated[
         Path | None, typer.Option(help="JSON lines with `gold` and `completion` or `answer`; one verdict each.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="`math` (equivalence) or `exact` (the same text).")] = "math",
+    kind: Annotated[str, typer.Option(help="`math` (equivalence), `exact`, `integer`, `choice`, or package.module:function.")] = "math",
     as_json: JsonFlag = False,
 ) -> None:
     """Say which verdict an answer gets, and why."""

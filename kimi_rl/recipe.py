@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from kimi_rl.rewards.kinds import check_kind
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -132,12 +134,23 @@ class MismatchGate(Section):
 class RewardSection(Section):
     """How a completion is scored."""
 
-    kind: Literal["auto", "math", "exact"] = Field(
-        "auto", description="`math`: equivalence; `exact`: the same text; `auto`: what the data set needs."
+    kind: str = Field(
+        "auto",
+        description="`math`: equivalence; `exact`: the same text; `integer`; `choice`; `auto`: what the data set needs; "
+        "or your own function(answer, gold) as `package.module:function`.",
     )
-    extract: list[Literal["boxed", "hash", "answer"]] = Field(["boxed", "hash"], min_length=1)
+    extract: list[Literal["boxed", "hash", "answer"]] = Field(
+        ["boxed", "hash"], description="Markers of a final answer; empty: the whole completion is the answer."
+    )
     deadline_s: float = Field(5.0, gt=0, description="A verdict that takes longer is `timeout`, scored 0.")
     workers: Positive = 1
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind != "auto":
+            check_kind(kind)
+        return kind
 
 
 class RLVRStage(Section):

@@ -163,8 +163,7 @@ def verify_cases(
     """Verdicts as rows with value, status, parsed and reason."""
     from kimi_rl import rewards
 
-    if kind not in ("math", "exact"):
-        raise InputError(f"--kind: unknown kind {kind!r}; known: math, exact")
+    rewards.check_kind(kind)
     if cases is not None:
         rows, where = read_json_lines(cases), f"{cases}, "
     else:

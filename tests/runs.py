@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ SMALL = {
     "name": "small",
     "model": {"arch": "hybrid", "size": "tiny"},
     "data": {"task": "arithmetic", "params": {"level": 1}, "train_size": 400, "held_out_size": 16},
+    # Random models are never right, and equal rewards teach nothing: a stand-in that varies with the completion.
+    "reward": {"kind": "stand_in_reward:parity", "extract": []},
     "stages": [
         {"kind": "sft", "steps": 6, "batch_size": 8, "checkpoint_every": 3, "max_length": 128,
          "rollout": {"engine": "transformers", "max_tokens": 16}},
@@ -40,8 +43,7 @@ def command(*args) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    # Rewards that never vary would leave nothing to compare, so tests may count any answer that has one as right.
-    return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "HF_HUB_OFFLINE": "1"}
 
 
 def start(*args) -> subprocess.Popen:
@@ -76,7 +78,7 @@ def train_steps(out: Path, stage: str) -> list[int]:
     return [row["step"] for row in metrics(out) if row["type"] == "train" and row["stage"] == stage]
 
 
-def wait_for(condition, timeout=240, process=None):
+def wait_for(condition, timeout=240, process=None, pause=0.05):
     """Poll until `condition()` is truthy and return it; fail with the process's output if it ends before."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
@@ -85,13 +87,18 @@ def wait_for(condition, timeout=240, process=None):
             return value
         if process is not None and process.poll() is not None:
             raise AssertionError(f"ended with {process.returncode} before the condition held:\n{process.stdout.read()}")
-        time.sleep(0.05)
+        time.sleep(pause)
     raise AssertionError("the condition did not come to hold in time")
 
 
-def processes_named(name: str, run_dir: Path) -> list[psutil.Process]:
-    """Ray actors of this user whose title holds `name` and whose session works on `run_dir` (by open children)."""
-    return [p for p in psutil.process_iter(["cmdline"]) if any(name in part for part in p.info["cmdline"] or [])]
+def processes_named(name: str, parent: subprocess.Popen) -> list[psutil.Process]:
+    """Ray actors of the run started as `parent` whose title holds `name`."""
+    found = []
+    for child in psutil.Process(parent.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(name in part for part in child.cmdline()):
+                found.append(child)
+    return found
 
 
 def kill_session(process: subprocess.Popen) -> None:
