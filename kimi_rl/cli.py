@@ -27,6 +27,9 @@ app = typer.Typer(
     Exit codes: 0 done, 1 the run failed, 2 bad input (one line says what and where).""",
 )
 
+bench = typer.Typer(no_args_is_help=True, help="Measure: parity of trainer and engine, cost of weight sync.")
+app.add_typer(bench, name="bench")
+
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 
 
@@ -168,6 +171,56 @@ def verify(
     rows = verify_cases(gold=gold, answer=answer, completion=completion, cases=cases, kind=kind)
     for row in rows:
         typer.echo(json.dumps(row) if as_json else f"{row['status']}: {row['reason']} (value {row['value']})")
+
+
+EngineArgs = Annotated[
+    list[str] | None, typer.Option("--engine-arg", metavar="KEY=VALUE", help="Passed to the vLLM engine; repeatable.")
+]
+
+
+@bench.command(epilog="Example: `kimi-rl bench parity runs/first/model --engine vllm --steps 5`")
+def parity(
+    model: Annotated[str, typer.Argument(help="Model folder.")],
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    engine_arg: EngineArgs = None,
+) -> None:
+    """Compare trainer and engine log-probs of the same sampled tokens, at learning rate 0. Prints JSON."""
+    from kimi_rl.bench.parity import bench_parity
+    from kimi_rl.standalone import check_engine, parse_engine_args
+
+    check_engine(model, engine)
+    print_json(
+        bench_parity(
+            model,
+            engine=engine,
+            steps=steps,
+            prompts=prompts,
+            prompt_tokens=prompt_tokens,
+            max_tokens=max_tokens,
+            seed=seed,
+            engine_args=parse_engine_args(engine_arg or []),
+        )
+    )
+
+
+@bench.command(epilog="Example: `kimi-rl bench sync runs/first/model --engine vllm`")
+def sync(
+    model: Annotated[str, typer.Argument(help="Model folder.")],
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+) -> None:
+    """Time weight updates: bytes, seconds, GB/s, the pause of generation, and the floor. Prints JSON."""
+    from kimi_rl.bench.sync import bench_sync
+    from kimi_rl.standalone import check_engine
+
+    check_engine(model, engine)
+    print_json(bench_sync(model, engine=engine, workers=workers, repeats=repeats))
 
 
 @app.command()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,35 +67,48 @@ def check_model_folder(path: str) -> None:
         raise InputError(f"model.path: {path}: {found}; give a folder in Hugging Face layout or a hub id")
 
 
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    """Ray for the time of a run: the cluster of `RAY_ADDRESS` or one on this machine; one that is up already stays."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        namespace="kimi_rl",
+        runtime_env={"env_vars": worker_environment()},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def _run_stages(
     recipe: Recipe, run_dir: RunDir, done: list[dict[str, Any]], resume: bool, view: ProgressView | None
 ) -> None:
     import ray
 
-    started_ray = not ray.is_initialized()
-    if started_ray:
-        ray.init(
-            address=os.environ.get("RAY_ADDRESS"),
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            namespace="kimi_rl",
-            runtime_env={"env_vars": _worker_environment()},
-        )
     stop = threading.Event()
     follower = None
     if view is not None:
         follower = threading.Thread(target=follow, args=(run_dir.path / "metrics.jsonl", view, stop), daemon=True)
         follower.start()
     try:
-        run_dir.save_state({"status": "running", "stages": done})
-        device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
-        start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
-        for index in range(len(done), len(recipe.stages)):
-            result = _run_stage(recipe, index, run_dir, start_model, device, resume)
-            start_model = result["model"]
-            done.append(result)
+        with local_ray():
             run_dir.save_state({"status": "running", "stages": done})
+            device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+            start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
+            for index in range(len(done), len(recipe.stages)):
+                result = _run_stage(recipe, index, run_dir, start_model, device, resume)
+                start_model = result["model"]
+                done.append(result)
+                run_dir.save_state({"status": "running", "stages": done})
         run_dir.publish_model(Path(start_model))
         run_dir.save_state({"status": "finished", "stages": done})
     except Exception as error:
@@ -105,11 +120,9 @@ def _run_stages(
         stop.set()
         if follower is not None:
             follower.join(timeout=5)
-        if started_ray:
-            ray.shutdown()
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """Environment of Ray's workers: the same package as this process, and threads that do not spin.
 
     Learner and rollout workers take turns on the same cores; OpenMP threads that spin while they wait would take

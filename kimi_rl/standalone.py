@@ -55,12 +55,26 @@ def _open(model: str, engine: str, *, longest: int, seed: int, policy_version: i
     )
 
 
-def _check(model: str, engine: str) -> None:
+def check_engine(model: str, engine: str) -> None:
+    """Raises InputError on an unknown engine or a folder that holds no model."""
     from kimi_rl.pipeline import check_model_folder
 
     if engine not in ENGINES:
         raise InputError(f"--engine: unknown engine {engine!r}; known: {', '.join(ENGINES)}")
     check_model_folder(model)
+
+
+def parse_engine_args(pairs: list[str]) -> dict[str, Any]:
+    """`key=value` arguments of the engine; values are read as YAML."""
+    import yaml
+
+    values = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise InputError(f"--engine-arg: expected KEY=VALUE, found {pair!r}")
+        values[key] = yaml.safe_load(value)
+    return values
 
 
 def evaluate_model(
@@ -82,7 +96,7 @@ def evaluate_model(
     from kimi_rl.recipe_load import parse_recipe
     from kimi_rl.rewards import VerifierPool
 
-    _check(model, engine)
+    check_engine(model, engine)
     section = parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", data, where="eval").data
     problems = load_problems(section, evaluation=True)
     tokenizer = load_tokenizer(model)
@@ -118,7 +132,7 @@ def generate_from_file(
     from kimi_rl.rollout.engine import Request, SamplingParams
     from kimi_rl.seeds import derive_seed
 
-    _check(model, engine)
+    check_engine(model, engine)
     rows = read_json_lines(prompts)
     for number, row in enumerate(rows, 1):
         ids, text = row.get("prompt_ids"), row.get("prompt")

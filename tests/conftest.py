@@ -25,14 +25,14 @@ def ray_local():
     """One local Ray for the tests that use actors in this process."""
     import ray
 
-    from kimi_rl.pipeline import _worker_environment
+    from kimi_rl.pipeline import worker_environment
 
     ray.init(
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
-        runtime_env={"env_vars": _worker_environment()},
+        runtime_env={"env_vars": worker_environment()},
     )
     yield ray
     ray.shutdown()

@@ -168,6 +168,22 @@ class VLLMEngine:
             raise
         return [self._completion(output.outputs[0]) for output in outputs]
 
+    def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probs (temperature 1) that prefilling prompt and completion gives to each completion's tokens."""
+        if self._refusal is not None:
+            raise RuntimeError(self._refusal)
+        from vllm import SamplingParams as VLLMSamplingParams
+
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": [*p, *c]} for p, c in zip(prompts, completions, strict=True)],
+            VLLMSamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False),
+            use_tqdm=False,
+        )
+        return [
+            [step[token].logprob for token, step in zip(c, o.prompt_logprobs[len(p) :], strict=True)]
+            for p, c, o in zip(prompts, completions, outputs, strict=True)
+        ]
+
     def _completion(self, output: Any) -> Completion:
         tokens = list(output.token_ids)
         logprobs = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
@@ -331,7 +347,9 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
         "use_tqdm_on_load": False,
         "generation_config": "vllm",  # the recipe decides how to sample, not the model
     }
-    if _ON_CPU:
+    if not _ON_CPU:
+        defaults["gpu_memory_utilization"] = 0.4  # the learner lives on the same card
+    else:
         # MLA on a CPU cannot split a prompt over steps, so a step must have room for the longest one.
         defaults |= {"enforce_eager": True, "max_num_batched_tokens": max(max_model_len, 4096)}
     return defaults | engine_args
