@@ -22,13 +22,18 @@ from kimi_rl.weight_sync import WeightUpdate, apply_update, tensor_checksum, who
 def trainer_logprobs(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, autocast: bool
 ) -> list[torch.Tensor]:
-    """Log-probs that a plain forward gives to each completion's tokens: one float32 [T_i] a sequence, on the CPU."""
+    """Log-probs that a plain forward gives to each completion's tokens: one float32 [T_i] a sequence, on the CPU.
+
+    As in the learner, the head runs in float32 outside autocast.
+    """
     device = next(model.parameters()).device
     result = []
     for prompt, completion in zip(prompts, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion]], device=device)
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-            logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        with torch.no_grad():
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+            logits = torch.nn.functional.linear(hidden.float(), model.lm_head.weight.float())
         chosen = logits.float().log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
         result.append(chosen.cpu())
     return result

@@ -226,6 +226,8 @@ def run_rlvr(context: StageContext) -> None:
         mask_truncated_completions=stage.mask_truncated,
         vllm_importance_sampling_mode=stage.importance_sampling.mode,
         vllm_importance_sampling_clip_max=stage.importance_sampling.cap,
+        # Both sides run the head in fp32 (see `vllm_engine`): in bf16 it is a large part of the mismatch.
+        cast_lm_head_to_fp32=on_gpu,
         gradient_checkpointing=False,
         remove_unused_columns=False,
         logging_steps=updates,

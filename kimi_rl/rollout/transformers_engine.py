@@ -18,7 +18,8 @@ class TransformersEngine:
     """`RolloutEngine` on `KimiLinearForCausalLM`.
 
     Prompts are left-padded and decoded together, `batch_size` at a time; a finished sequence leaves the batch at
-    once, so that a few long completions do not hold the others' rows.
+    once, so that a few long completions do not hold the others' rows. Precision is the learner's: fp32 weights, under
+    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent.
     """
 
     def __init__(
@@ -26,11 +27,10 @@ class TransformersEngine:
         model_folder: str,
         *,
         batch_size: int = 128,
-        dtype: torch.dtype = torch.float32,
         device: str = "cpu",
         policy_version: int = -1,
     ):
-        self.model = load_model(model_folder, dtype=dtype, device=device).eval()
+        self.model = load_model(model_folder, dtype=torch.float32, device=device).eval()
         self.model.requires_grad_(False)
         self.device = torch.device(device)
         self.batch_size = batch_size
@@ -54,7 +54,9 @@ class TransformersEngine:
         completions: list[Completion | None] = [None] * len(requests)
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            for row, completion in zip(rows, self._decode([requests[i] for i in rows], params), strict=True):
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda"):
+                answers = self._decode([requests[i] for i in rows], params)
+            for row, completion in zip(rows, answers, strict=True):
                 completions[row] = completion
         return completions  # type: ignore[return-value]
 

@@ -349,6 +349,7 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
     }
     if not _ON_CPU:
         defaults["gpu_memory_utilization"] = 0.4  # the learner lives on the same card
+        defaults["hf_overrides"] = {"head_dtype": "float32"}  # as in the learner
     else:
         # MLA on a CPU cannot split a prompt over steps, so a step must have room for the longest one.
         defaults |= {"enforce_eager": True, "max_num_batched_tokens": max(max_model_len, 4096)}

@@ -45,14 +45,9 @@ def build_engine(
         )
         engine.policy_version = policy_version
         return engine
-    import torch
-
     from kimi_rl.rollout.transformers_engine import TransformersEngine
 
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    return TransformersEngine(
-        model_folder, batch_size=batch_size, dtype=dtype, device=device, policy_version=policy_version
-    )
+    return TransformersEngine(model_folder, batch_size=batch_size, device=device, policy_version=policy_version)
 
 
 @ray.remote
