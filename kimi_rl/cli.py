@@ -145,7 +145,7 @@ def report(
     written = []
     for run in runs:
         if not (run / "recipe.yaml").is_file():
-            raise InputError(f"{run}: not a run directory (no recipe.yaml in it); give a folder made by `kimi-rl train`")
+            raise InputError(f"{run}: no run (it has no recipe.yaml); give a folder made by `kimi-rl train`")
         written.append(str(write_report(run)))
         if not as_json:
             typer.echo(render_text_summary(run))
@@ -162,7 +162,9 @@ def verify(
     cases: Annotated[
         Path | None, typer.Option(help="JSON lines with `gold` and `completion` or `answer`; one verdict each.")
     ] = None,
-    kind: Annotated[str, typer.Option(help="`math` (equivalence), `exact`, `integer`, `choice`, or package.module:function.")] = "math",
+    kind: Annotated[
+        str, typer.Option(help="`math` (equivalence), `exact`, `integer`, `choice`, or package.module:function.")
+    ] = "math",
     as_json: JsonFlag = False,
 ) -> None:
     """Say which verdict an answer gets, and why."""

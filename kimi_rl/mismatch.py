@@ -38,7 +38,8 @@ def measure_mismatch(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Te
     if d.numel() == 0:
         return Mismatch(0.0, 0.0, 0.0, 1.0, 1.0, 0.0)
     ratio = d.exp()
-    low, high = torch.quantile(ratio[:1_000_000], torch.tensor([0.01, 0.99], dtype=ratio.dtype, device=ratio.device)).tolist()
+    percentiles = torch.tensor([0.01, 0.99], dtype=ratio.dtype, device=ratio.device)
+    low, high = torch.quantile(ratio[:1_000_000], percentiles).tolist()
     return Mismatch(
         kl=(torch.expm1(d) - d).mean().item(),
         mean_abs=d.abs().mean().item(),

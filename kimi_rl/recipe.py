@@ -48,7 +48,7 @@ class DataSection(Section):
     task: str | None = Field(None, description="A built-in procedural task: arithmetic, palindrome, mqar, stack.")
     path: str | None = Field(None, description="A hub id (openai/gsm8k), or a local folder or file in its columns.")
     params: dict[str, Any] = Field(default_factory=dict, description="Parameters of a procedural task.")
-    train_size: Positive | None = Field(None, description="Training problems to use (procedural tasks: default 20,000).")
+    train_size: Positive | None = Field(None, description="Training problems to use; procedural tasks: 20,000.")
     held_out_size: Positive | None = Field(None, description="Held-out problems for evaluation (default 256).")
     seed: int = Field(0, description="Seed of procedural problems and of subsampling; not the run's seed.")
     instruction: str | None = Field(None, description="Text appended to every question; unset: the data set's own.")
@@ -136,8 +136,8 @@ class RewardSection(Section):
 
     kind: str = Field(
         "auto",
-        description="`math`: equivalence; `exact`: the same text; `integer`; `choice`; `auto`: what the data set needs; "
-        "or your own function(answer, gold) as `package.module:function`.",
+        description="`math`: equivalence; `exact`: the same text; `integer`; `choice`; `auto`: what the data needs; or "
+        " your own function(answer, gold) as `package.module:function`.",
     )
     extract: list[Literal["boxed", "hash", "answer"]] = Field(
         ["boxed", "hash"], description="Markers of a final answer; empty: the whole completion is the answer."
@@ -245,5 +245,6 @@ class Recipe(Section):
         names = [stage.name for stage in self.stages]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"stages: the name {name!r} stands {names.count(name)} times; give each its own `name`")
+                count = names.count(name)
+                raise ValueError(f"stages: the name {name!r} stands {count} times; give each its own `name`")
         return self

@@ -1,4 +1,4 @@
-"""Learner -> rollout workers: every update has a version, is verified tensor by tensor, and is served whole or not at all.
+"""Learner -> rollout workers: every update has a version, is verified tensor by tensor, and served whole or not at all.
 
 The learner packs its weights into buckets under their checkpoint names (whole layers, so that no engine ever sees one
 shard of a fused parameter), with a manifest of checksums. A worker checks what it received, loads it, checks what its

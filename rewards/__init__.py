@@ -7,4 +7,13 @@ from kimi_rl.rewards.kinds import check_kind
 from kimi_rl.rewards.pool import VerifierPool, verify, verify_answer, verify_cases
 from kimi_rl.rewards.verdict import STATUSES, Verdict
 
-__all__ = ["STATUSES", "Verdict", "VerifierPool", "check_kind", "final_answer", "verify", "verify_answer", "verify_cases"]
+__all__ = [
+    "STATUSES",
+    "Verdict",
+    "VerifierPool",
+    "check_kind",
+    "final_answer",
+    "verify",
+    "verify_answer",
+    "verify_cases",
+]

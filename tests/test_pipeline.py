@@ -7,9 +7,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from runs import ROOT, kill_session, metrics, processes_named, run, start, train_steps, wait_for, write_recipe
+from safetensors.torch import load_file
 
 DATA = ROOT.parent / "shared" / "data"
 

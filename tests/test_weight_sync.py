@@ -80,7 +80,10 @@ def stale_shard(update):
     """One shard of what engines fuse (q, k, v) keeps its old value."""
     buckets = [list(b) for b in update.buckets]
     bucket, row = next(
-        (b, i) for b in buckets for i, (n, _) in enumerate(b) if n.endswith(("self_attn.k_proj.weight", "kv_b_proj.weight"))
+        (b, i)
+        for b in buckets
+        for i, (n, _) in enumerate(b)
+        if n.endswith(("self_attn.k_proj.weight", "kv_b_proj.weight"))
     )
     bucket[row] = (bucket[row][0], torch.zeros_like(bucket[row][1]))
     return dataclasses.replace(update, buckets=buckets)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kimi_rl.kernels.dispatch import choose
 from kimi_rl.kernels.kda_chunk.reference import kda_reference
 from kimi_rl.kernels.kda_chunk.torch_chunk import kda_chunk_torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kimi_rl.kernels.dispatch import compute_dtype, sequence_bounds
 
 

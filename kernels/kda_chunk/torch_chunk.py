@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from kimi_rl.kernels.dispatch import compute_dtype, sequence_bounds
 from kimi_rl.kernels.kda_chunk.reference import l2norm
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from kimi_rl.kernels.dispatch import choose
 from kimi_rl.kernels.kda_decode.reference import kda_decode_reference
 from kimi_rl.kernels.kda_decode.torch_decode import kda_decode_torch

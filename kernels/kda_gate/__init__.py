@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from kimi_rl.kernels.dispatch import choose, compute_dtype
 from kimi_rl.kernels.kda_gate.reference import kda_gate_reference
 

@@ -1,6 +1,7 @@
 """Plain form of the KDA forget gate."""
 
 import torch
+
 from kimi_rl.kernels.dispatch import compute_dtype
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
 from kimi_rl.kernels.dispatch import choose, sequence_bounds
 from kimi_rl.kernels.short_conv.reference import short_conv_reference
 

@@ -17,7 +17,7 @@ class SFTLearner(CheckpointNames, SFTTrainer):
 
 
 def sft_dataset(context: StageContext) -> Dataset:
-    """Conversations of question and worked solution; those longer than `max_length` tokens are dropped, with a count."""
+    """Conversations of question and worked solution; those above `max_length` tokens are dropped, with a count."""
     stage: SFTStage = context.stage
     tokenizer = context.tokenizer
     rows, dropped = [], 0

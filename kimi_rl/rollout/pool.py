@@ -1,4 +1,4 @@
-"""A pool of rollout workers: spreads requests over them, keeps their weights current, and replaces the ones that die."""
+"""A pool of rollout workers: spreads requests over them, keeps their weights current, replaces the ones that die."""
 
 from __future__ import annotations
 

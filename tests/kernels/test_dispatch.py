@@ -2,10 +2,10 @@ import logging
 
 import pytest
 import torch
-from kimi_rl.kernels import dispatch
-from kimi_rl.kernels.kda_chunk import kda_chunk
 
 from kimi_rl.errors import InputError
+from kimi_rl.kernels import dispatch
+from kimi_rl.kernels.kda_chunk import kda_chunk
 
 
 class OnGPU:

@@ -4,6 +4,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kimi_rl.kernels.kda_chunk import kda_chunk, kda_chunk_torch, kda_reference, torch_chunk
 
 H, K, V = 2, 8, 6
@@ -179,6 +180,7 @@ def test_fla_form_calls_fla_as_fla_documents(monkeypatch):
     import inspect
 
     from fla.ops.kda.naive import naive_recurrent_kda
+
     from kimi_rl.kernels.kda_chunk.fla import kda_chunk_fla
 
     signature = inspect.signature(inspect.unwrap(kda.chunk_kda))

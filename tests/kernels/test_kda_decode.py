@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kimi_rl.kernels.kda_chunk import kda_reference
 from kimi_rl.kernels.kda_decode import kda_decode, kda_decode_reference
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from kimi_rl.kernels.kda_gate import kda_gate, kda_gate_reference
 
 

@@ -3,6 +3,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+
 from kimi_rl.kernels.short_conv import short_conv, short_conv_reference
 
 C = 5
