@@ -68,10 +68,16 @@ def train(
     typer.echo(f"report: {target / 'report.html'}")
 
 
-@app.command(epilog="Example: `kimi-rl eval runs/first/model data.task=arithmetic --limit 200 --k 4`")
+@app.command(epilog="Example: `kimi-rl eval runs/first/model --data math500 --limit 200 --k 4`")
 def eval(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],
-    data: Annotated[list[str], typer.Argument(metavar="data.KEY=VALUE...", help="Which problems, as in a recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.KEY=VALUE]...", help="More about the data, as in a recipe."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Task (arithmetic), data set (gsm8k, math500, a hub id), local folder or file.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N held-out problems.")] = None,
     k: Annotated[int, typer.Option(min=0, help="Samples per problem for avg@k; 0: greedy only.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of the k samples.")] = 1.0,
@@ -85,7 +91,15 @@ def eval(
     from kimi_rl.standalone import evaluate_model
 
     figures, records = evaluate_model(
-        model, data, limit=limit, k=k, temperature=temperature, max_tokens=max_tokens, engine=engine, seed=seed
+        model,
+        data,
+        overrides or [],
+        limit=limit,
+        k=k,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        engine=engine,
+        seed=seed,
     )
     if out is not None:
         from kimi_rl.run_dir import atomic_write_text

@@ -7,12 +7,13 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.progress import ProgressView, follow
-from kimi_rl.recipe import Recipe
+from kimi_rl.recipe import ModelSection, Recipe
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
 from kimi_rl.run_dir import RunDir
@@ -48,6 +49,10 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView
 
 def check_inputs(recipe: Recipe) -> None:
     """Read the data and look at the model's folder, so that mistakes show before anything is written or loaded."""
+    for name in recipe.report_to:
+        if find_spec(name) is None:
+            raise InputError(f"report_to: {name} is not installed; run `pip install {name}` or take it out")
+
     from kimi_rl.dataset import load_problems
     from kimi_rl.model.presets import build_config
 
@@ -138,6 +143,25 @@ def worker_environment() -> dict[str, str]:
     }
 
 
+def describe_size(recipe: Recipe) -> str:
+    """One line: the preset, its parameters, and how far its twin of the other architecture is from it."""
+    from kimi_rl.model.presets import build_config, describe
+
+    def total(section: ModelSection) -> int:
+        config = build_config(section, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+        counts = describe(config)
+        return counts["total"] - counts["embedding"]
+
+    section = recipe.model
+    ours = total(section)
+    text = f"{section.arch} {section.size} {section.mlp}, {ours:,} parameters without embeddings"
+    if section.layer_types is not None:
+        return text
+    other = "mla" if section.arch == "hybrid" else "hybrid"
+    theirs = total(section.model_copy(update={"arch": other}))
+    return f"{text} ({other} of this size: {theirs:,}, {abs(theirs / ours - 1):.2%} apart)"
+
+
 def _start_model(recipe: Recipe, run_dir: RunDir, view: ProgressView | None) -> str:
     """The folder of the model that the first stage starts from: the recipe's, or a new one made from its seed."""
     if recipe.model.path is not None:
@@ -145,7 +169,7 @@ def _start_model(recipe: Recipe, run_dir: RunDir, view: ProgressView | None) -> 
     folder = run_dir.path / "stages" / "start" / "model"
     if not (folder / "config.json").is_file():
         if view is not None:
-            view.status("building the model")
+            view.status(f"building the model: {describe_size(recipe)}")
         from transformers.utils import logging
 
         from kimi_rl.dataset import load_problems

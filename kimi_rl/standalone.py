@@ -79,7 +79,8 @@ def parse_engine_args(pairs: list[str]) -> dict[str, Any]:
 
 def evaluate_model(
     model: str,
-    data: list[str],
+    data: str | None,
+    overrides: list[str],
     *,
     limit: int | None,
     k: int,
@@ -90,6 +91,7 @@ def evaluate_model(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and one record per problem (see `kimi_rl.evaluate`)."""
     from kimi_rl.dataset import load_problems
+    from kimi_rl.dataset.tasks import TASKS
     from kimi_rl.evaluate import evaluate
     from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.recipe import EvalSection, RewardSection
@@ -97,7 +99,11 @@ def evaluate_model(
     from kimi_rl.rewards import VerifierPool
 
     check_engine(model, engine)
-    section = parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", data, where="eval").data
+    if data is not None:
+        overrides = [f"data.{'task' if data in TASKS else 'path'}={data}", *overrides]
+    if not overrides:
+        raise InputError("eval: which problems? Give --data NAME, or data.task=... or data.path=...")
+    section = parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", overrides, where="eval").data
     problems = load_problems(section, evaluation=True)
     tokenizer = load_tokenizer(model)
     rows = problems.held_out

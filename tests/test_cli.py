@@ -120,3 +120,38 @@ def test_verify_says_why(tmp_path):
     cases.write_text('{"gold": "4", "completion": "so #### 4"}\n{"gold": "4", "completion": "so #### 5"}\n')
     done = run("verify", "--cases", cases, "--json")
     assert [json.loads(line)["status"] for line in done.stdout.splitlines()] == ["correct", "wrong"]
+
+
+def test_eval(tmp_path, tiny_models):
+    records = tmp_path / "records.jsonl"
+    done = run(
+        "eval", tiny_models["hybrid", "dense"], "data.params.level=1", "--data", "arithmetic", "--limit", 6, "--k", 2,
+        "--max-tokens", 4, "--engine", "transformers", "--out", records, "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    assert figures["n"] == 6 and figures["k"] == 2 and 0 <= figures["held_out_accuracy"] <= 1
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    assert len(rows) == 6 and {"id", "question", "completion", "status", "reason"} <= set(rows[0])
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        ((), ["--data"]),
+        (("--data", "./nowhere"), ["nowhere"]),
+        (("--data", "arithmetic", "data.params.levl=1"), ["levl", "level"]),
+        (("--data", "arithmetic", "--engine", "vlm"), ["vlm", "transformers"]),
+    ],
+)
+def test_eval_mistakes(tiny_models, arguments, words):
+    done = run("eval", tiny_models["hybrid", "dense"], *arguments)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_reporter_that_is_not_installed(tmp_path):
+    from importlib.util import find_spec
+
+    missing = next(name for name in ("wandb", "trackio", "tensorboard") if find_spec(name) is None)
+    assert f"pip install {missing}" in refused(tmp_path, f"report_to=[{missing}]")
