@@ -61,6 +61,10 @@ def run(*args, timeout=400) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args), env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
+def summary(out: Path) -> dict:
+    return json.loads((out / "summary.json").read_text())
+
+
 def metrics(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     if not path.exists():
