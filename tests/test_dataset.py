@@ -211,13 +211,60 @@ def test_empty_boxes_are_dropped_with_a_list(tmp_path):
     ]
 
 
-def test_overlap_of_given_splits_is_reported(tmp_path, caplog):
-    write_jsonl(tmp_path / "train.jsonl", plain_rows(20))
-    write_jsonl(
-        tmp_path / "test.jsonl", [{"question": "what is 7  plus 7", "answer": "14"}, *plain_rows(3, 90)]
-    )
-    load(tmp_path)
-    assert "1 held-out problems are training problems too: test/1 = train/8" in caplog.text
+LONG = "A train leaves the station at noon and travels at a steady 60 km/h. How far has it come after {} hours?"
+
+
+@pytest.mark.parametrize("text,kind", [("what is 7  plus 7", "exact"), (LONG.format(3) + " Explain.", "near")])
+def test_overlap_of_given_splits_is_refused_unless_allowed(tmp_path, caplog, text, kind):
+    write_jsonl(tmp_path / "train.jsonl", [*plain_rows(20), {"question": LONG.format(3), "answer": "180"}])
+    write_jsonl(tmp_path / "test.jsonl", [{"question": text, "answer": "14"}, *plain_rows(3, 90)])
+    pair = f"test/1 = train/{8 if kind == 'exact' else 21} ({kind})"
+    message = error_of(tmp_path)
+    assert pair in message and f"1 {kind}" in message and "data.allow_overlap=true" in message
+    assert len(load(tmp_path, evaluation=True).held_out) == 4  # nothing is trained on
+    assert len(load(tmp_path, allow_overlap=True).train) == 21 and pair in caplog.text
+
+
+def test_other_numbers_are_no_overlap(tmp_path):
+    write_jsonl(tmp_path / "train.jsonl", [{"question": LONG.format(3), "answer": "180"}])
+    write_jsonl(tmp_path / "test.jsonl", [{"question": LONG.format(4), "answer": "240"}])
+    assert len(load(tmp_path).train) == 1
+
+
+def test_near_repeats_leave_the_training_rows_where_the_held_out_ones_are_drawn(tmp_path):
+    rows = [{"question": LONG.format(3) + " Well?" * (n % 2), "answer": "180"} for n in range(10)]
+    file = write_jsonl(tmp_path / "problems.jsonl", [*plain_rows(6), *rows])
+    for seed in range(8):
+        problems = load(file, seed=seed, held_out_size=4)
+        held_out = any("train leaves" in question for question in problems.held_out["question"])
+        trained = sum("train leaves" in question for question in problems.train["question"])
+        assert trained == (0 if held_out else 10)
+
+
+def test_unreadable_golds_are_left_out_and_named(tmp_path, caplog):
+    golds = ["\\frac{1}{7}\\triangle ABC", "3", "1/2", "t(0,4]", "2.50", "x^2+1"]
+    rows = [{"id": f"p{n}", "question": f"Which is number {n}?", "answer": gold} for n, gold in enumerate(golds)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", [{"question": "And the last one of all?", "answer": "4"}])
+    problems = load(tmp_path)
+    assert problems.train["id"] == ["p1", "p2", "p4", "p5"]
+    assert [(entry.split(":")[0], "unparseable_gold" in entry) for entry in problems.dropped] == [
+        ("p0", True),
+        ("p3", True),
+    ]
+    assert "left out 2 rows" in caplog.text and "triangle" in caplog.text
+    assert len(load(tmp_path, check_golds=False).train) == 6
+    write_jsonl(tmp_path / "train.jsonl", rows[:1])
+    write_jsonl(tmp_path / "test.jsonl", rows[:1])
+    assert "data.check_golds=false" in error_of(tmp_path)
+
+
+def test_the_gold_check_needs_no_torch():
+    import subprocess
+    import sys
+
+    code = "import sys, kimi_rl.dataset.golds as g; g.unusable_golds(['pi']); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 def test_awkward_bytes_in_jsonl(tmp_path):

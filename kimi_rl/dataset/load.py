@@ -14,7 +14,8 @@ import datasets
 
 from kimi_rl.dataset.columns import EmptyGold, Row, RowError, find_columns, parse_row
 from kimi_rl.dataset.files import HELD_OUT_NAMES, find_splits, read_rows
-from kimi_rl.dataset.overlap import fingerprint
+from kimi_rl.dataset.golds import unusable_golds
+from kimi_rl.dataset.overlap import find_overlap, fingerprint, repeats, summarize
 from kimi_rl.dataset.registry import INSTRUCTIONS, Source, find_source, known_names, nearest_names
 from kimi_rl.dataset.tasks import get_task
 from kimi_rl.errors import InputError
@@ -64,14 +65,20 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
     may be missing (MATH-500), a single file is held out whole, a task makes no training problems, and
     `held_out_size` unset means all.
 
+    Problems whose gold answer cannot be read as maths are left out and named in `dropped` (`section.check_golds`).
+    Held-out problems that are training problems too, or nearly, are refused (`section.allow_overlap`); where the
+    held-out problems are drawn here, such training problems are left out instead.
+
     Raises InputError for an unknown task, parameter, file, folder or hub set, for a malformed row (with file
-    and row number), for rows without an answer, and for sizes that the data cannot give.
+    and row number), for rows without an answer, for sizes that the data cannot give, and for overlap.
     """
     if section.task is not None:
         return _from_task(section, evaluation)
     found = _from_path(str(section.path), evaluation)
-    train, held_out = found.train, found.held_out
+    if section.check_golds:
+        _drop_unusable_golds(found, evaluation)
     _report(found)
+    train, held_out = found.train, found.held_out
     if not train and not evaluation:
         raise InputError(
             f"data.path: {found.name} has no training problems, only some to evaluate on; use `eval`"
@@ -83,14 +90,13 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
         held_out_size = min(HELD_OUT_SIZE, len(held_out))
     form = (train or held_out)[0].form
     instruction = INSTRUCTIONS[form] if section.instruction is None else section.instruction
+    train = _sample(train, None if evaluation else section.train_size, "train_size", section, found.name)
+    held_out = _sample(held_out, held_out_size, "held_out_size", section, found.name)
+    if not evaluation:
+        _check_overlap(train, held_out, found.name, section.allow_overlap)
     return Problems(
-        train=_dataset(
-            _sample(train, None if evaluation else section.train_size, "train_size", section, found.name),
-            instruction,
-        ),
-        held_out=_dataset(
-            _sample(held_out, held_out_size, "held_out_size", section, found.name), instruction
-        ),
+        train=_dataset(train, instruction),
+        held_out=_dataset(held_out, instruction),
         name=found.name,
         dropped=tuple(found.dropped),
     )
@@ -179,8 +185,7 @@ def _from_registry(source: Source, evaluation: bool) -> _Found:
     if source.train and not (evaluation and held_out):
         train = rows(source, source.train)
     if other is not source:
-        known = {fingerprint(row.question) for row in held_out}
-        train = [row for row in train if fingerprint(row.question) not in known]
+        train = _without_repeats(train, held_out)
     return _Found(source.alias, train, held_out, dropped)
 
 
@@ -264,7 +269,7 @@ def _with_id(row: Row, fallback: str) -> Row:
 def _hold_out(rows: list[Row], seed: int, size: int | None, name: str) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows): `size` problems (unset: a tenth, at most 256) drawn by seed.
 
-    Repeats of a held-out problem leave the training rows too.
+    Training rows that are nearly the same as a held-out problem are left out.
     """
     by_text: dict[str, list[Row]] = {}
     for row in rows:
@@ -278,7 +283,46 @@ def _hold_out(rows: list[Row], seed: int, size: int | None, name: str) -> tuple[
     chosen = set(random.Random(seed).sample(list(by_text), size))
     held_out = [group[0] for text, group in by_text.items() if text in chosen]
     train = [row for row in rows if fingerprint(row.question) not in chosen]
-    return train, held_out
+    return _without_repeats(train, held_out), held_out
+
+
+def _questions(rows: list[Row]) -> list[dict[str, str]]:
+    return [{"id": row.id, "question": row.question} for row in rows]
+
+
+def _without_repeats(train: list[Row], held_out: list[Row]) -> list[Row]:
+    """The training rows that are neither the same as a held-out problem nor nearly so."""
+    known = repeats(_questions(train), _questions(held_out))
+    return [row for at, row in enumerate(train) if at not in known]
+
+
+def _check_overlap(train: list[Row], held_out: list[Row], name: str, allowed: bool) -> None:
+    """Raises InputError where a held-out problem is `exact` or `near` to a training problem; warns if `allowed`."""
+    found = [o for o in find_overlap(_questions(train), _questions(held_out)) if o.kind != "variant"]
+    if not found:
+        return
+    if not allowed:
+        raise InputError(
+            f"data.path: {name}: {summarize(found, 5)}; remove these rows, or set data.allow_overlap=true to train "
+            "on them all the same"
+        )
+    log.warning("%s: %s", name, summarize(found))
+
+
+def _drop_unusable_golds(found: _Found, evaluation: bool) -> None:
+    """Take rows whose gold answer cannot be read out of `found`, and name them in its `dropped`."""
+    rows = found.held_out if evaluation and found.held_out else found.train + found.held_out
+    unusable = unusable_golds(row.answer for row in rows)
+    for part in (found.train, found.held_out):
+        for row in part:
+            if row.answer in unusable:
+                found.dropped.append(f"{row.id}: gold answer {row.answer[:80]!r}: {unusable[row.answer]}")
+        part[:] = [row for row in part if row.answer not in unusable]
+    if not found.train and not found.held_out:
+        raise InputError(
+            f"data.path: no usable row in {found.name} ({found.dropped[0]}); for answers that are no maths, set "
+            "data.check_golds=false and reward.kind"
+        )
 
 
 def _sample(rows: list[Row], size: int | None, field: str, section: DataSection, name: str) -> list[Row]:
@@ -307,12 +351,3 @@ def _report(found: _Found) -> None:
         shown = "; ".join(found.dropped[:3]) + ("; ..." if len(found.dropped) > 3 else "")
         count = len(found.dropped)
         log.warning("%s: left out %d rows without a usable answer: %s", found.name, count, shown)
-    trained = {fingerprint(row.question): row.id for row in found.train}
-    both = [
-        f"{row.id} = {trained[text]}"
-        for row in found.held_out
-        if (text := fingerprint(row.question)) in trained
-    ]
-    if both:
-        shown = ", ".join(both[:3]) + (", ..." if len(both) > 3 else "")
-        log.warning("%s: %d held-out problems are training problems too: %s", found.name, len(both), shown)

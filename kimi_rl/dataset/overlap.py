@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,6 +36,8 @@ _SPELLINGS = (
 )
 _OPERATORS = frozenset("+-=<>/^!|")  # x+1 and x-1 are different problems
 
+Kind = Literal["exact", "near", "variant"]
+
 
 @dataclass(frozen=True)
 class Overlap:
@@ -43,7 +45,7 @@ class Overlap:
 
     held_out_id: str
     train_id: str
-    kind: Literal["exact", "near", "variant"]
+    kind: Kind
     similarity: float
 
 
@@ -64,32 +66,48 @@ def find_overlap(
     `train`, `held_out`: rows with `id` and `question`, as `load_problems` gives. `threshold`: least Jaccard
     similarity of `near` and `variant`, in (0, 1].
     """
+    train, held_out = list(train), list(held_out)
+    best: dict[int, tuple[int, Kind, float]] = {}
+    for at, number, kind, similarity in _pairs(train, held_out, threshold):
+        if number not in best or similarity > best[number][2]:
+            best[number] = at, kind, similarity
+    found = [Overlap(held_out[n]["id"], train[at]["id"], kind, value) for n, (at, kind, value) in best.items()]
+    return sorted(found, key=lambda overlap: (-overlap.similarity, overlap.held_out_id))
+
+
+def repeats(
+    train: Iterable[Mapping[str, str]], held_out: Iterable[Mapping[str, str]], *, threshold: float = 0.75
+) -> set[int]:
+    """Positions of the training rows that are `exact` or `near` to any held-out row (see `find_overlap`)."""
+    return {at for at, _, kind, _ in _pairs(list(train), list(held_out), threshold) if kind != "variant"}
+
+
+def _pairs(
+    train: list[Mapping[str, str]], held_out: list[Mapping[str, str]], threshold: float
+) -> Iterator[tuple[int, int, Kind, float]]:
+    """(position in train, position in held_out, kind, similarity) of every pair of at least `threshold`."""
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold must lie in (0, 1], found {threshold}")
-    kept = [(row["id"], row["question"], fingerprint(row["question"])) for row in held_out]
-    grams = [_grams(print_) for _, _, print_ in kept]
+    prints = [fingerprint(row["question"]) for row in held_out]
+    grams = [_grams(print_) for print_ in prints]
     with_gram = defaultdict(list)
     for number, found in enumerate(grams):
         for gram in found:
             with_gram[gram].append(number)
-
-    best: dict[int, Overlap] = {}
-    for row in train:
+    for at, row in enumerate(train):
         print_ = fingerprint(row["question"])
         own = _grams(print_)
-        shared = Counter(number for gram in own if gram in with_gram for number in with_gram[gram])
+        shared = Counter(number for gram in own & with_gram.keys() for number in with_gram[gram])
         for number, count in shared.items():
             similarity = count / (len(own) + len(grams[number]) - count)
-            if similarity < threshold or (number in best and similarity <= best[number].similarity):
+            if similarity < threshold:
                 continue
-            held_out_id, question, held_out_print = kept[number]
-            if print_ == held_out_print:
-                kind = "exact"
-            else:
-                kind = "near" if _numbers(question) == _numbers(row["question"]) else "variant"
-                similarity = min(similarity, 0.9999)  # equal sets of grams in another order are not exact
-            best[number] = Overlap(held_out_id, row["id"], kind, round(similarity, 4))
-    return sorted(best.values(), key=lambda found: (-found.similarity, found.held_out_id))
+            if print_ == prints[number]:
+                yield at, number, "exact", 1.0
+                continue
+            same_numbers = _numbers(held_out[number]["question"]) == _numbers(row["question"])
+            # Equal sets of grams in another order are not exact.
+            yield at, number, "near" if same_numbers else "variant", round(min(similarity, 0.9999), 4)
 
 
 def summarize(found: list[Overlap], examples: int = 3) -> str:
