@@ -6,6 +6,14 @@ import pandas as pd
 import pytest
 from runs import metrics, processes_named, run, start, summary, train_steps, wait_for, write_recipe
 
+# Completions long enough for a kill to land in the middle of generating them.
+VLLM = (
+    "stages.sft.rollout.engine=vllm",
+    "stages.sft.steps=3",
+    "stages.rlvr.rollout.engine=vllm",
+    "stages.rlvr.rollout.max_tokens=96",
+)
+
 
 @pytest.fixture(scope="module")
 def vllm_run(tmp_path_factory):
@@ -15,9 +23,6 @@ def vllm_run(tmp_path_factory):
     done = run("train", write_recipe(folder), *VLLM, "--out", folder / "run")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "run"
-
-
-VLLM = ("stages.sft.rollout.engine=vllm", "stages.rlvr.rollout.engine=vllm", "stages.sft.steps=3")
 
 
 def test_vllm_in_ray_agrees_with_the_trainer_on_every_step(vllm_run):
