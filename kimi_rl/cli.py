@@ -79,7 +79,7 @@ def eval(
         str | None, typer.Option(help="Task (arithmetic), data set (gsm8k, math500, a hub id), local folder or file.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N held-out problems.")] = None,
-    k: Annotated[int, typer.Option(min=0, help="Samples per problem for avg@k; 0: greedy only.")] = 0,
+    k: Annotated[int, typer.Option(min=0, help="Samples per problem for avg@k, pass@k, maj@k; 0: greedy.")] = 0,
     temperature: Annotated[float, typer.Option(min=0.01, help="Temperature of the k samples.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
@@ -87,7 +87,10 @@ def eval(
     out: Annotated[Path | None, typer.Option(help="Write one JSON line per problem to this file.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Measure a model's held-out accuracy: greedy and avg@k, with standard errors."""
+    """Measure a model's held-out accuracy: greedy, avg@k, unbiased pass@k and maj@k.
+
+    Each with a standard error clustered by problem and a 95 % interval; see docs/evaluation.md.
+    """
     from kimi_rl.standalone import evaluate_model
 
     figures, records = evaluate_model(
@@ -108,9 +111,16 @@ def eval(
     if as_json:
         print_json(figures)
         return
-    typer.echo(f"greedy accuracy {figures['held_out_accuracy']:.3f} ± {figures['held_out_se']:.3f} (n={figures['n']})")
+    typer.echo(f"{figures['data']}, n={figures['n']}; asked after the question: {figures['instruction'] or 'nothing'}")
+    shown = [("greedy accuracy", "held_out_accuracy", "held_out")]
+    shown += [(f"{name}@{k}", f"{name}_at_k", f"{name}_at_k") for name in ("avg", "pass", "maj") if k]
+    for name, value, key in shown:
+        low, high = figures[f"{key}_interval"]
+        typer.echo(f"{name} {figures[value]:.3f} ± {figures[f'{key}_se']:.3f} (95 %: {low:.3f} to {high:.3f})")
     if k:
-        typer.echo(f"avg@{k} {figures['avg_at_k']:.3f} ± {figures['avg_at_k_se']:.3f} at temperature {temperature}")
+        typer.echo(f"the {k} samples: at temperature {temperature}")
+    if figures["dropped"]:
+        typer.echo(f"left out, gold answer unusable: {len(figures['dropped'])} (--json names them)")
     typer.echo(f"cut off at {max_tokens} tokens: {figures['truncated_share']:.1%}; no answer: "
                f"{figures['no_answer_share']:.1%}")
 
@@ -228,6 +238,7 @@ def parity(
 def sync(
     model: Annotated[str, typer.Argument(help="Model folder.")],
     engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    transport: Annotated[str, typer.Option(help="auto, object_store, cuda_ipc, or all that work here.")] = "auto",
     workers: Annotated[int, typer.Option(min=1)] = 1,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
@@ -236,7 +247,9 @@ def sync(
     from kimi_rl.standalone import check_engine
 
     check_engine(model, engine)
-    print_json(bench_sync(model, engine=engine, workers=workers, repeats=repeats))
+    if transport not in ("auto", "object_store", "cuda_ipc", "all"):
+        raise InputError(f"--transport: unknown transport {transport!r}; known: auto, object_store, cuda_ipc, all")
+    print_json(bench_sync(model, engine=engine, transport=transport, workers=workers, repeats=repeats))
 
 
 @app.command()

@@ -72,7 +72,7 @@ class EvalSection(Section):
 
     every: NonNegative = Field(0, description="Evaluate every N steps inside the stage; 0: only before and after it.")
     limit: Positive | None = Field(None, description="Use the first N held-out problems; unset: all.")
-    k: NonNegative = Field(0, description="Samples per problem for avg@k; 0: greedy only.")
+    k: NonNegative = Field(0, description="Samples per problem for avg@k, pass@k and maj@k; 0: greedy.")
     temperature: float = Field(1.0, gt=0)
     max_tokens: Positive | None = Field(None, description="Unset: the stage's own completion length.")
 

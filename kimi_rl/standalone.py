@@ -89,7 +89,11 @@ def evaluate_model(
     engine: str,
     seed: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Figures and one record per problem (see `kimi_rl.evaluate`)."""
+    """Figures and one record per problem (see `kimi_rl.evaluate`).
+
+    The figures state what was asked: `instruction`, appended to every question, and `prompt_example`, the whole first
+    prompt with the chat template's marks. `dropped` names problems that were left out.
+    """
     from kimi_rl.dataset import load_problems
     from kimi_rl.dataset.tasks import TASKS
     from kimi_rl.evaluate import evaluate
@@ -127,7 +131,18 @@ def evaluate_model(
     loaded.close()
     for record, row_id, question in zip(records, rows["id"], rows["question"], strict=False):
         record["id"], record["question"] = row_id, question
-    return {"model": model, "data": problems.name, "temperature": temperature, **figures.row()}, records
+    stated = {
+        "model": model,
+        "data": problems.name,
+        "answer_kind": problems.answer_kind,
+        "instruction": problems.instruction,
+        "prompt_example": tokenizer.decode(prompts[0]),
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "dropped": list(problems.dropped),
+    }
+    return {**stated, **figures.row()}, records
 
 
 def generate_from_file(

@@ -46,7 +46,8 @@ class Problems:
     Columns of both: `id`, `question` (as in the source), `prompt` (one user message: question and
     instruction), `solution` (worked, ends in the final answer in a form that the rewards read), `answer`
     (gold); all str but the prompt. `answer_kind`: "exact" where answers compare as text (sequences), "math"
-    where by value. `dropped` names the rows that were left out, each with the reason.
+    where by value. `dropped` names the rows that were left out, each with the reason. `instruction`: what every
+    prompt asks for after the question; empty for none.
     """
 
     train: datasets.Dataset
@@ -54,6 +55,7 @@ class Problems:
     name: str
     answer_kind: Literal["math", "exact"] = "math"
     dropped: tuple[str, ...] = ()
+    instruction: str = ""
 
 
 def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems:
@@ -99,6 +101,7 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
         held_out=_dataset(held_out, instruction),
         name=found.name,
         dropped=tuple(found.dropped),
+        instruction=instruction,
     )
 
 
@@ -123,7 +126,9 @@ def _from_task(section: DataSection, evaluation: bool) -> Problems:
             for number, problem in enumerate(problems)
         ]
         made[split] = _dataset(rows, section.instruction or "")
-    return Problems(made["train"], made["held_out"], task.name, task.answer_kind)
+    return Problems(
+        made["train"], made["held_out"], task.name, task.answer_kind, instruction=section.instruction or ""
+    )
 
 
 @dataclass
