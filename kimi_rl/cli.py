@@ -125,6 +125,57 @@ def eval(
                f"{figures['no_answer_share']:.1%}")
 
 
+@app.command(epilog="Example: `kimi-rl select runs/sft/model gsm8k --k 8 --out data/train.jsonl`")
+def select(
+    model: Annotated[str, typer.Argument(help="Model folder or hub id: the checkpoint that training will start from.")],
+    data: Annotated[str, typer.Argument(help="Task, data set, folder or file, whose training problems are scored.")],
+    out: Annotated[Path, typer.Option(help="JSON lines file for the kept problems, with their `pass_rate`.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[data.KEY=VALUE]...", help="More about the data, as in a recipe."),
+    ] = None,
+    k: Annotated[int, typer.Option(min=1, help="Samples per problem.")] = 8,
+    low: Annotated[float, typer.Option(help="Keep problems solved at least this often ...")] = 0.2,
+    high: Annotated[float, typer.Option(help="... and at most this often.")] = 0.8,
+    temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    kind: Annotated[str, typer.Option(help="How answers compare, as reward.kind; auto: what the data needs.")] = "auto",
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Keep the training problems that a model solves sometimes: pass rate between --low and --high.
+
+    Train on them with `data.path`, in a folder with the test.jsonl of your choice. See docs/evaluation.md.
+    """
+    from kimi_rl.standalone import select_problems
+
+    counts = select_problems(
+        model,
+        data,
+        overrides or [],
+        k=k,
+        low=low,
+        high=high,
+        out=out,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        engine=engine,
+        kind=kind,
+        seed=seed,
+        progress=lambda done, of: typer.echo(f"scored {done} of {of}", err=True),
+    )
+    if as_json:
+        print_json(counts)
+        return
+    typer.echo(
+        f"kept {counts['kept']} of {counts['scored']} problems: {counts['too_hard']} solved in under {low:g} of the "
+        f"{k} samples, {counts['too_easy']} in over {high:g}, {counts['unmeasured']} unmeasured; "
+        f"mean pass rate {counts['mean_pass_rate']:.3f}"
+    )
+    typer.echo(f"written: {out}")
+
+
 @app.command(epilog='Example: `kimi-rl generate runs/first/model --prompts prompts.jsonl --greedy --json`')
 def generate(
     model: Annotated[str, typer.Argument(help="Model folder or hub id.")],

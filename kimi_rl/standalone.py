@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,16 @@ def parse_engine_args(pairs: list[str]) -> dict[str, Any]:
     return values
 
 
+def _data_section(data: str | None, overrides: list[str], where: str):
+    """The `data` section of a recipe from a name on the command line (a task, or else a path) and overrides."""
+    from kimi_rl.dataset.tasks import TASKS
+    from kimi_rl.recipe_load import parse_recipe
+
+    if data is not None:
+        overrides = [f"data.{'task' if data in TASKS else 'path'}={data}", *overrides]
+    return parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", overrides, where=where).data
+
+
 def evaluate_model(
     model: str,
     data: str | None,
@@ -95,19 +106,15 @@ def evaluate_model(
     prompt with the chat template's marks. `dropped` names problems that were left out.
     """
     from kimi_rl.dataset import load_problems
-    from kimi_rl.dataset.tasks import TASKS
     from kimi_rl.evaluate import evaluate
     from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.recipe import EvalSection, RewardSection
-    from kimi_rl.recipe_load import parse_recipe
     from kimi_rl.rewards import VerifierPool
 
     check_engine(model, engine)
-    if data is not None:
-        overrides = [f"data.{'task' if data in TASKS else 'path'}={data}", *overrides]
-    if not overrides:
+    if data is None and not overrides:
         raise InputError("eval: which problems? Give --data NAME, or data.task=... or data.path=...")
-    section = parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", overrides, where="eval").data
+    section = _data_section(data, overrides, "eval")
     problems = load_problems(section, evaluation=True)
     tokenizer = load_tokenizer(model)
     rows = problems.held_out
@@ -143,6 +150,67 @@ def evaluate_model(
         "dropped": list(problems.dropped),
     }
     return {**stated, **figures.row()}, records
+
+
+def select_problems(
+    model: str,
+    data: str,
+    overrides: list[str],
+    *,
+    k: int,
+    low: float,
+    high: float,
+    out: Path,
+    temperature: float,
+    max_tokens: int,
+    engine: str,
+    kind: str,
+    seed: int,
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> dict[str, Any]:
+    """Score the training problems by the model's pass rate, write the kept ones to `out` (see `kimi_rl.select`).
+
+    `kind`: `auto`, or a kind of `kimi_rl.rewards`. `progress(done, of)` is called now and then. Returns the counts.
+    """
+    from kimi_rl import rewards
+    from kimi_rl.dataset import load_problems
+    from kimi_rl.model.load_save import load_tokenizer
+    from kimi_rl.recipe import RewardSection
+    from kimi_rl.rollout.engine import SamplingParams
+    from kimi_rl.select import check_bounds, pass_rates, write_selection
+
+    check_bounds(k, low, high)
+    if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
+        raise InputError(f"--out: cannot write {out}; name a file in a folder that exists and can be written to")
+    if kind != "auto":
+        rewards.check_kind(kind)
+    check_engine(model, engine)
+    problems = load_problems(_data_section(data, overrides, "select"))
+    tokenizer = load_tokenizer(model)
+    rows = list(problems.train)
+    prompts = [
+        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
+        for row in rows
+    ]
+    loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
+    reward = RewardSection()
+    wanted = problems.answer_kind if kind == "auto" else kind
+    with rewards.VerifierPool(workers=1, deadline_s=reward.deadline_s) as verifier:
+        rates = pass_rates(
+            loaded.generate,
+            lambda pairs: verifier.verify_many(list(pairs), kind=wanted, extract=tuple(reward.extract)),
+            prompts,
+            [row["answer"] for row in rows],
+            lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+            k=k,
+            params=SamplingParams(max_tokens, temperature=temperature),
+            seed=seed,
+            progress=lambda done: progress(done, len(rows)),
+        )
+    loaded.close()
+    counts = asdict(write_selection(rows, rates, low, high, out))
+    settings = {"k": k, "low": low, "high": high, "temperature": temperature, "max_tokens": max_tokens, "seed": seed}
+    return {"model": model, "data": problems.name, "out": str(out), **settings, **counts}
 
 
 def generate_from_file(

@@ -79,7 +79,8 @@ def find_columns(row: Mapping[str, Any]) -> Columns:
 
 
 def parse_row(row: Mapping[str, Any], columns: Columns, form: str | None = None) -> Row:
-    """The problem in a row. `form`: how the solution states its answer; None: `hash` for GSM8K, else `boxed`.
+    """The problem in a row. `form`: how the solution states its answer; None: `hash` where it
+    is a GSM8K one or ends in `#### answer`, else `boxed`.
 
     Raises RowError for a row without question or answer, EmptyGold for one whose answer is empty at its
     source.
@@ -109,6 +110,8 @@ def parse_row(row: Mapping[str, Any], columns: Columns, form: str | None = None)
         answer = found.strip()
     if not answer or answer.lower() in NO_ANSWER:
         raise EmptyGold(f"the gold answer is {answer!r}" if answer else "the gold answer is empty")
+    if form is None and "####" in solution and _plain_number(solution.rpartition("####")[2]) == answer:
+        form = "hash"
     form = form or "boxed"
     return Row(own_id, question, _ending_in(solution, answer, form), answer, form)
 
