@@ -86,7 +86,11 @@ class RolloutSection(Section):
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: Positive = Field(128, description="Longest completion, in tokens.")
+    weight_sync: Literal["auto", "object_store", "cuda_ipc"] = Field(
+        "auto", description="How weights reach workers; `auto`: `cuda_ipc` on one card, else `object_store`."
+    )
     timeout_s: float = Field(600.0, gt=0, description="A worker that answers no request for so long is restarted.")
+    start_timeout_s: float = Field(900.0, gt=0, description="The same while it loads its engine.")
     max_restarts: NonNegative = Field(3, description="Restarts of one worker before the run gives up.")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the vLLM engine.")
 

@@ -32,17 +32,22 @@ def test_parity(tiny_models, engine):
 
 
 def test_sync(tiny_models):
-    done = run("bench", "sync", tiny_models["hybrid", "dense"], "--engine", "transformers", "--repeats", 2)
+    done = run(
+        "bench", "sync", tiny_models["hybrid", "dense"], "--engine", "transformers", "--repeats", 2,
+        "--transport", "object_store",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    figures = json.loads(done.stdout)
+    figures = json.loads(done.stdout)["transports"]["object_store"]
     assert figures["bytes"] > 3e6 and len(figures["rows"]) == 2
     assert figures["pause_s"] > 0 and figures["floor_s"] > 0
+    assert figures["pause_s"] == figures["rows"][1]["pause_s"]
 
 
 def test_bad_input(tmp_path, tiny_models):
     for arguments, word in [
         (("parity", tmp_path), "config.json"),
         (("parity", tiny_models["hybrid", "dense"], "--engine", "vlm"), "vlm"),
+        (("sync", tiny_models["hybrid", "dense"], "--transport", "pigeon"), "pigeon"),
         (("parity", tiny_models["hybrid", "dense"], "--engine-arg", "oops"), "KEY=VALUE"),
     ]:
         done = run("bench", *arguments)

@@ -5,16 +5,26 @@ import dataclasses
 import pytest
 import torch
 
+from kimi_rl.errors import InputError
 from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
+from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.engine import Request, SamplingParams
+from kimi_rl.rollout.pool import pool_settings
 from kimi_rl.rollout.transformers_engine import TransformersEngine
 from kimi_rl.weight_sync import (
+    ChecksumBatch,
+    CudaIpcSync,
     ObjectStoreSync,
     WeightSyncError,
     WeightUpdate,
     apply_update,
+    checksum,
+    checksum_all,
+    make_sync,
     tensor_checksum,
+    transports,
+    unpack,
     whole_layers,
 )
 
@@ -132,6 +142,34 @@ def test_checksum_sees_values_order_dtype_and_shape():
     assert tensor_checksum(x.bfloat16()[:, :3]) == tensor_checksum(x.bfloat16()[:, :3].contiguous())
 
 
+def odd_tensors():
+    """Every dtype, sizes around a row of the batched sum, views that are not contiguous or not word-aligned."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(7, 5), (), (0, 4), (1,), (1023,), (1024,), (1025,), (3, 1024), (130, 701)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool]
+    for shape in shapes:
+        for dtype in dtypes:
+            yield f"{shape} {dtype}", (torch.randn(shape, generator=generator) * 50).to(dtype)
+    matrix = torch.randn(40, 60, generator=generator).bfloat16()
+    yield from {"columns": matrix[:, 1:], "rows": matrix[1:], "transposed": matrix.T}.items()
+    yield from {"unaligned": matrix.view(-1)[1:], "unaligned, whole words": matrix.view(-1)[1:5]}.items()
+
+
+@pytest.mark.parametrize("group", [1 << 24, 1 << 12])
+def test_batched_checksums_equal_the_definition(monkeypatch, group):
+    monkeypatch.setattr(checksum, "_GROUP", group)  # small: tensors are cut, and sums put together
+    expected = {name: tensor_checksum(tensor) for name, tensor in odd_tensors()}
+    assert checksum_all(odd_tensors()) == expected
+    assert len(set(expected.values())) == len(expected)
+
+
+def test_a_name_has_one_checksum():
+    batch = ChecksumBatch()
+    batch.add("w", torch.zeros(2))
+    with pytest.raises(ValueError, match="w is listed twice"):
+        batch.add("w", torch.zeros(2))
+
+
 def test_whole_layers_keeps_layers_together():
     names = ["model.embed_tokens.weight", "model.layers.0.a", "model.layers.0.b", "model.layers.10.a", "lm_head.weight"]
     groups = [[n for n, _ in g] for g in whole_layers((n, torch.zeros(1)) for n in names)]
@@ -141,8 +179,90 @@ def test_whole_layers_keeps_layers_together():
 def test_object_store_transport(ray_local, tiny_models):
     folder = tiny_models["hybrid", "dense"]
     model = changed_model(folder, 4)
-    update, times = ObjectStoreSync().pack(to_checkpoint(model), 3)
+    transport = make_sync("auto", None, learner_card=None, worker_cards={None})
+    assert isinstance(transport, ObjectStoreSync)
+    update, times = transport.pack(to_checkpoint(model), 3)
     assert times.bytes == sum(t.numel() * t.element_size() for _, t in to_checkpoint(model))
     engine = TransformersEngine(str(folder), policy_version=2)
     apply_update(engine, update)
     assert engine.policy_version == 3
+
+
+@pytest.fixture
+def ipc_on_cpu(monkeypatch):
+    """CUDA IPC without CUDA: a handle is the buffer itself. Everything but the mapping is as on a card."""
+    monkeypatch.setattr(transports, "export_buffer", lambda buffer: buffer)
+    monkeypatch.setattr(transports, "import_buffer", lambda buffer: buffer)
+
+
+def test_ipc_staging_carries_every_tensor_and_version(ipc_on_cpu, folder):
+    engine = TransformersEngine(str(folder), policy_version=0)
+    sync = CudaIpcSync()
+    for version in (1, 2):
+        model = changed_model(folder, version)
+        update, times = sync.pack(to_checkpoint(model), version)
+        assert times.bytes == sum(t.numel() * t.element_size() for _, t in to_checkpoint(model))
+        with torch.no_grad():  # the learner's next optimizer step must not reach what was packed
+            sent = {n: t.clone() for n, t in to_checkpoint(model)}
+            for parameter in model.parameters():
+                parameter.zero_()
+        apply_update(engine, update)
+        assert engine.policy_version == version
+        assert all(torch.equal(t, sent[n]) for n, t in to_checkpoint(engine.model))
+
+
+def test_a_buffer_overwritten_too_early_is_detected(ipc_on_cpu, folder):
+    engine = TransformersEngine(str(folder), policy_version=0)
+    sync = CudaIpcSync()
+    update, _ = sync.pack(to_checkpoint(changed_model(folder, 1)), 1)
+    newer, _ = sync.pack(to_checkpoint(changed_model(folder, 2)), 2)
+    with pytest.raises(WeightSyncError, match="arrived with a wrong checksum"):
+        apply_update(engine, update)
+    apply_update(engine, newer)
+
+
+def test_what_went_wrong_is_said(folder):
+    engine = TransformersEngine(str(folder), policy_version=0)
+    good = update_of(changed_model(folder, 2), 1)
+    with pytest.raises(WeightSyncError, match="arrived with a wrong checksum"):
+        apply_update(engine, corrupt_one(good))
+    load = engine.load_weights
+    engine.load_weights = lambda weights: load((n, t * 0 if n == "model.norm.weight" else t) for n, t in weights)
+    with pytest.raises(WeightSyncError, match="model.norm.weight is different in the engine after loading"):
+        apply_update(engine, good)
+
+
+@pytest.mark.parametrize("transport", [ObjectStoreSync, CudaIpcSync])
+def test_tensors_travel_in_the_dtype_that_is_served(ipc_on_cpu, ray_local, tiny_models, transport):
+    weights = list(to_checkpoint(changed_model(tiny_models["hybrid", "moe"], 5)))
+    served = {name: torch.bfloat16 for name, _ in weights} | {"lm_head.weight": torch.float32}
+    update, times = transport(served).pack(weights, 1)
+    kept = (".A_log", ".dt_bias", "_conv1d.weight", ".e_score_correction_bias")
+    arrived = dict(unpack(update))
+    assert list(arrived) == [name for name, _ in weights]
+    for name, tensor in weights:
+        exact = name == "lm_head.weight" or name.endswith(kept)
+        assert torch.equal(arrived[name], tensor if exact else tensor.bfloat16()), name
+        assert arrived[name].dtype == (torch.float32 if exact else torch.bfloat16)
+        assert tensor_checksum(arrived[name]) == update.checksums[name]
+    assert times.bytes == sum(t.numel() * t.element_size() for t in arrived.values())
+
+
+def test_choice_of_a_transport():
+    one, other = "card-1", "card-2"
+    for kind, cards, expected in [
+        ("auto", {one}, CudaIpcSync),
+        ("auto", {one, other}, ObjectStoreSync),
+        ("auto", {None}, ObjectStoreSync),
+        ("object_store", {one}, ObjectStoreSync),
+        ("cuda_ipc", {one}, CudaIpcSync),
+    ]:
+        assert type(make_sync(kind, None, learner_card=one, worker_cards=cards)) is expected
+    with pytest.raises(InputError, match="cuda_ipc needs .* workers on card-1, card-2"):
+        make_sync("cuda_ipc", None, learner_card=one, worker_cards={one, other})
+    with pytest.raises(InputError, match="cuda_ipc needs"):
+        make_sync("cuda_ipc", None, learner_card=None, worker_cards={None})
+    with pytest.raises(InputError, match="this run is on a CPU"):
+        pool_settings(
+            RolloutSection(weight_sync="cuda_ipc"), model_folder="", max_model_len=8, seed=0, threads=1, device="cpu"
+        )

@@ -16,63 +16,81 @@ from kimi_rl.rollout.pool import RolloutPool, pool_settings
 from kimi_rl.run_dir import describe_environment
 
 
-def bench_sync(model_folder: str, *, engine: str = "auto", workers: int = 1, repeats: int = 5) -> dict[str, Any]:
+def bench_sync(
+    model_folder: str, *, engine: str = "auto", transport: str = "auto", workers: int = 1, repeats: int = 5
+) -> dict[str, Any]:
     """Send changing weights to a pool of `workers` and time each update.
 
+    `transport` is a word of `rollout.weight_sync`, or "all" for every transport that works here, one after another.
+
     Returns:
-        Per update: `pack_s` (checksums and copies on the learner's side), `pause_s` (time in which nothing can be
-        generated, verification included); their medians; and `floor_s`, a plain copy of the same bytes on the
-        learner's device.
+        `transports`, by name: `bytes` sent to each worker; `pack_s` (casts, copies and checksums on the learner's
+        side), `pause_s` (time in which nothing can be generated, verification included) and `gb_per_s` of the two
+        together, medians over the updates; `floor_s`, a plain copy of the same bytes on the learner's device; and the
+        updates' `rows`. The first update, in which buffers are made and mapped, counts in no median unless it is the
+        only one.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(model_folder, dtype=torch.float32, device=device)
-    tensors = [t for _, t in to_checkpoint(model)]
-    size = sum(t.numel() * t.element_size() for t in tensors)
-    floors = []
-    for _ in range(5):
-        _finish(device)
-        start = time.perf_counter()
-        copies = [t.clone() for t in tensors]
-        _finish(device)
-        floors.append(time.perf_counter() - start)
-        del copies
-    section = RolloutSection(engine=engine, workers=workers)
-    rows = []
+    names = [transport] if transport != "all" else ["object_store", *(["cuda_ipc"] if device == "cuda" else [])]
+    figures = {}
     with local_ray():
-        pool = RolloutPool(
-            **pool_settings(
+        for name in names:
+            section = RolloutSection(engine=engine, workers=workers, weight_sync=name)
+            settings = pool_settings(
                 section, model_folder=model_folder, max_model_len=256, seed=0, threads=torch.get_num_threads(),
                 device=device,
-            )
-        )  # fmt: skip
-        try:
-            pool.worker_pids()
-            for version in range(repeats):
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter.mul_(1.001)
-                times = pool.update_weights(to_checkpoint(model), version)
-                rows.append({"version": version, "pack_s": times.pack_s, "pause_s": times.pause_s})
-        finally:
-            pool.close()
-    pause = median(row["pause_s"] for row in rows)
-    pack = median(row["pack_s"] for row in rows)
+            )  # fmt: skip
+            used, found = _time_updates(RolloutPool(**settings), model, repeats)
+            figures[used] = found
     return {
         "model": model_folder,
-        "transport": "object_store",
         "engine": engine,
         "workers": workers,
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "bytes": size,
-        "pack_s": pack,
-        "pause_s": pause,
-        "gb_per_s": size / 1e9 / (pack + pause),
-        "floor_s": median(floors),
-        "rows": rows,
+        "transports": figures,
         "environment": describe_environment(),
     }
 
 
-def _finish(device: str) -> None:
-    if device == "cuda":
+def _time_updates(pool: RolloutPool, model: torch.nn.Module, repeats: int) -> tuple[str, dict[str, Any]]:
+    """The transport's name and figures. Closes the pool."""
+    rows = []
+    try:
+        pool.wait_ready()
+        for version in range(repeats):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.001)
+            times = pool.update_weights(to_checkpoint(model), version)
+            rows.append({"version": version, "pack_s": times.pack_s, "pause_s": times.pause_s})
+    finally:
+        pool.close()
+    settled = rows[1:] or rows
+    pack, pause = (median(row[key] for row in settled) for key in ("pack_s", "pause_s"))
+    return times.transport, {
+        "bytes": times.bytes,
+        "pack_s": pack,
+        "pause_s": pause,
+        "gb_per_s": times.bytes / 1e9 / (pack + pause),
+        "floor_s": _floor(times.bytes, next(model.parameters()).device),
+        "rows": rows,
+    }
+
+
+def _floor(size: int, device: torch.device) -> float:
+    """Seconds of a plain copy of `size` bytes on `device`: median of 5, after one that maps the memory."""
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    seconds = []
+    for _ in range(6):
+        _finish(device)
+        start = time.perf_counter()
+        target.copy_(source)
+        _finish(device)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds[1:])
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
         torch.cuda.synchronize()

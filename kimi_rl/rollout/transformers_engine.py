@@ -11,7 +11,7 @@ from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import load_into, to_checkpoint
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
 from kimi_rl.rollout.sampling import draw, processed_logprobs, uniforms
-from kimi_rl.weight_sync import tensor_checksum
+from kimi_rl.weight_sync import checksum_all
 
 
 class TransformersEngine:
@@ -118,7 +118,7 @@ class TransformersEngine:
         self._updating = False
 
     def checksums(self) -> dict[str, int]:
-        return {name: tensor_checksum(tensor) for name, tensor in to_checkpoint(self.model)}
+        return checksum_all(to_checkpoint(self.model))
 
     def close(self) -> None:
         self._updating = True

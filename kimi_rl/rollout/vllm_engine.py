@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
 from kimi_rl.rollout.vllm_plugin import register
 from kimi_rl.rollout.vllm_plugin.served import served_tensors
-from kimi_rl.weight_sync import WeightSyncError, tensor_checksum
+from kimi_rl.weight_sync import KEPT_FLOAT32, ChecksumBatch, WeightSyncError, checksum_all
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +51,30 @@ _RESERVED = {
     "quantization": "weight updates are unquantised",
 }
 _PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
-_KEPT_FLOAT32 = (".A_log", ".dt_bias", "_conv1d.weight", ".e_score_correction_bias")
 
 
-@dataclass(frozen=True)
-class _Sent:
-    """What was handed to the loader: its checksum, and the one of the same values in the dtype served."""
+class _Arrivals:
+    """Checksums of what was handed to the loader: as it came, and of the same values in the dtype served.
 
-    checksum: int
-    expected: int
+    They are queued on the device while tensors stream by, and waited for once, at the end.
+    """
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._sent = ChecksumBatch()
+        self._served = ChecksumBatch()
+
+    def add(self, name: str, tensor: torch.Tensor, as_served: torch.Tensor | None) -> None:
+        """`as_served` is None where the very bytes of `tensor` are served."""
+        self.names.add(name)
+        self._sent.add(name, tensor)
+        if as_served is not None:
+            self._served.add(name, _readable(as_served))
+
+    def result(self) -> dict[str, tuple[int, int]]:
+        """By name: checksum of what came, and the one that reading it back must give."""
+        sent, served = self._sent.result(), self._served.result()
+        return {name: (checksum, served.get(name, checksum)) for name, checksum in sent.items()}
 
 
 class VLLMEngine:
@@ -120,14 +134,20 @@ class VLLMEngine:
         held: list[torch.nn.Module] = []
         self._llm.apply_model(held.append)
         self._model = held[0]
+        self.device = next(self._model.parameters()).device  # asked now: in an update they are on `meta`
         self._dtypes = {name: tensor.dtype for name, tensor in served_tensors(self._model, self._shapes)}
         for name, served in self._dtypes.items():
-            if name.endswith(_KEPT_FLOAT32) and served != torch.float32:
+            if name.endswith(KEPT_FLOAT32) and served != torch.float32:
                 log.warning("this vLLM keeps %s in %s, the learner in torch.float32", name, served)
         self._refusal: str | None = None  # why `generate` is refused; None when it is not
         self._reloading = False  # between vLLM's initialize_ and finalize_layerwise_reload
-        self._sent: dict[str, _Sent] = {}
+        self._arrivals = _Arrivals()
+        self._sent: dict[str, tuple[int, int]] = {}  # of the last update; see `_Arrivals.result`
         self._verified: dict[str, int] | None = None  # checksums of a loaded, unfinished update
+
+    def served_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype each tensor is served in, by checkpoint name: sending it so saves bytes and loses nothing."""
+        return dict(self._dtypes)
 
     # --- generation -----------------------------------------------------------------------------------------
 
@@ -196,7 +216,7 @@ class VLLMEngine:
         self._refusal = (
             "the engine holds an incomplete weight update; send the whole update again before generating"
         )
-        self._sent, self._verified = {}, None
+        self._arrivals, self._sent, self._verified = _Arrivals(), {}, None
         if self._reloading:  # an earlier update failed half-way: leave vLLM's loader in its resting state
             self._finalize()
         self._llm.reset_prefix_cache()
@@ -218,22 +238,21 @@ class VLLMEngine:
         for name, tensor in weights:
             if name not in self._shapes:
                 raise WeightSyncError(f"tensor {name} is not in the engine's checkpoint")
-            if name in self._sent:
+            if name in self._arrivals.names:
                 raise WeightSyncError(f"tensor {name} came twice in one update")
             shape = self._shapes[name]
             if tensor.shape != shape and not (name.endswith(".A_log") and tensor.numel() == shape.numel()):
                 raise WeightSyncError(
                     f"tensor {name} has shape {tuple(tensor.shape)}, the engine needs {tuple(shape)}"
                 )
-            if name.endswith(_KEPT_FLOAT32) and tensor.dtype != torch.float32:
+            if name.endswith(KEPT_FLOAT32) and tensor.dtype != torch.float32:
                 raise WeightSyncError(
                     f"tensor {name} came in {tensor.dtype}; it is kept in float32 and must be sent so"
                 )
-            checksum = tensor_checksum(tensor)
+            tensor = tensor.detach().to(self.device, non_blocking=True)
             same = _EXACT and tensor.dtype == self._dtypes[name] and tensor.shape == shape
-            as_served = tensor.detach().reshape(shape).to(self._dtypes[name])
-            self._sent[name] = _Sent(checksum, checksum if same else _value_checksum(as_served))
-            yield name, self._as_loaded(name, tensor.detach())
+            self._arrivals.add(name, tensor, None if same else tensor.reshape(shape).to(self._dtypes[name]))
+            yield name, self._as_loaded(name, tensor)
 
     def _as_loaded(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         """`A_log` in the number of dimensions that this vLLM's parameter has: [H] or [1, 1, H, 1]."""
@@ -254,13 +273,15 @@ class VLLMEngine:
             return
         if not self._reloading:
             raise WeightSyncError("no weight update to finish; call begin_update and load_weights first")
-        if missing := [name for name in self._shapes if name not in self._sent]:
+        if missing := [name for name in self._shapes if name not in self._arrivals.names]:
             raise WeightSyncError(
                 f"{len(missing)} tensors of the checkpoint were not sent, first {missing[0]}"
             )
         self._finalize()
+        self._sent = self._arrivals.result()
+        self._arrivals = _Arrivals()
         held = self._read_back()
-        wrong = [name for name, sent in self._sent.items() if held[name] != sent.checksum]
+        wrong = [name for name, (sent, _) in self._sent.items() if held[name] != sent]
         if wrong:
             raise WeightSyncError(
                 f"{len(wrong)} tensors differ from what was sent after loading, first {wrong[0]}"
@@ -296,12 +317,13 @@ class VLLMEngine:
         return dict(self._verified)
 
     def _read_back(self) -> dict[str, int]:
-        result = {}
-        for name, tensor in served_tensors(self._model, self._shapes):
-            value = _value_checksum(tensor)
-            sent = self._sent.get(name)
-            result[name] = sent.checksum if sent and sent.expected == value else value
-        return result
+        found = checksum_all(
+            (name, _readable(tensor)) for name, tensor in served_tensors(self._model, self._shapes)
+        )
+        for name, (sent, served) in self._sent.items():
+            if found[name] == served:
+                found[name] = sent
+        return found
 
     def close(self) -> None:
         """Free the model and caches, for good; another engine may be made in this process."""
@@ -315,9 +337,9 @@ class VLLMEngine:
         cleanup_dist_env_and_memory()
 
 
-def _value_checksum(tensor: torch.Tensor) -> int:
-    """Checksum; on a CPU -0.0 counts as 0.0, for reading a packed weight back loses the sign of zero."""
-    return tensor_checksum(tensor if _EXACT else tensor + 0.0)
+def _readable(tensor: torch.Tensor) -> torch.Tensor:
+    """On a CPU, `tensor` with -0.0 made 0.0, for reading a packed weight back loses the sign of zero."""
+    return tensor if _EXACT else tensor + 0.0
 
 
 def _generator_seed(seed: int) -> int:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
-from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.rollout.engine import Completion, Request, RolloutEngine, SamplingParams
+
+# What `engine` may be besides a name: a stand-in that takes the arguments of `build_engine` (tests inject faults so).
+EngineFactory = Callable[..., RolloutEngine]
 
 
 def resolve_engine(name: str) -> str:
@@ -21,7 +24,7 @@ def resolve_engine(name: str) -> str:
 
 
 def build_engine(
-    name: str,
+    name: str | EngineFactory,
     model_folder: str,
     *,
     batch_size: int,
@@ -30,8 +33,10 @@ def build_engine(
     device: str,
     engine_args: dict[str, Any],
     policy_version: int = -1,
-):
+) -> RolloutEngine:
     """The engine called `name` on the model in `model_folder` (see `RolloutEngine`)."""
+    if callable(name):
+        return name(model_folder, batch_size=batch_size, device=device, engine_args=engine_args)
     if resolve_engine(name) == "vllm":
         from kimi_rl.rollout.vllm_engine import VLLMEngine
 
@@ -54,14 +59,29 @@ def build_engine(
 class RolloutWorker:
     """Holds one engine. A fresh worker serves nothing until its first weight update (`policy_version` is -1)."""
 
-    def __init__(self, engine: str, threads: int, **engine_settings: Any):
+    def __init__(self, engine: str | EngineFactory, threads: int, **engine_settings: Any):
+        self._name, self._threads, self._settings = engine, threads, engine_settings
+        self._engine: RolloutEngine | None = None
+
+    def start(self) -> dict[str, Any]:
+        """Load the engine. A call of its own, not the constructor, so that an error comes back as what it is.
+
+        Returns:
+            pid; engine (its class); card (see `card_of`); dtypes (in which it serves each tensor, or None: as sent).
+        """
         import torch
 
-        torch.set_num_threads(threads)
-        self._engine = build_engine(engine, **engine_settings)
+        from kimi_rl.weight_sync import card_of
 
-    def ready(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "engine": type(self._engine).__name__}
+        torch.set_num_threads(self._threads)
+        self._engine = build_engine(self._name, **self._settings)
+        dtypes = self._engine.served_dtypes() if hasattr(self._engine, "served_dtypes") else None
+        return {
+            "pid": os.getpid(),
+            "engine": type(self._engine).__name__,
+            "card": card_of(self._settings["device"]),
+            "dtypes": dtypes,
+        }
 
     def update_weights(self, update: Any) -> int:
         from kimi_rl.weight_sync import apply_update

@@ -102,12 +102,16 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
 
 
 def _absorbed(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """`kv_b_proj` as decoding uses it: `weight`, or what the absorbed matrices hold if they differ."""
+    """`kv_b_proj`, which prefill uses, if it equals the absorbed matrices, which decoding uses; NaN where it does not.
+
+    So neither of the two can be stale unseen, and no comparison makes the host wait for the device.
+    """
     mla = attention.mla_attn.mla_attn if hasattr(attention.mla_attn, "mla_attn") else attention.mla_attn
     w_uk = mla.W_UK_T.transpose(1, 2)  # [heads, nope, rank] -> [heads, rank, nope]
     joined = torch.cat([w_uk, mla.W_UV], dim=-1)  # [heads, rank, nope + value]
     joined = joined.permute(0, 2, 1).flatten(0, 1).to(weight.dtype)
-    return weight if torch.equal(joined, weight) else joined
+    agree = (joined == weight) | (joined.isnan() & weight.isnan())
+    return torch.where(agree, weight, torch.nan)
 
 
 def _experts(layer: nn.Module, name: str) -> torch.Tensor:

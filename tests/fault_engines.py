@@ -1,0 +1,175 @@
+"""Rollout engines that go wrong on purpose, for tests of the pool. They run inside real Ray workers.
+
+`engine_args` holds {"marks": folder, ...}. A fault strikes `times` times in the whole pool (default 1): each strike
+leaves a mark in that folder, which the replacement worker sees.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from kimi_rl.rollout.engine import Completion
+from kimi_rl.rollout.transformers_engine import TransformersEngine
+from kimi_rl.weight_sync import checksum_all
+
+
+class Stub:
+    """Serves tensors "a" and "b" without a model. The tokens of a completion are those of its prompt, seed first."""
+
+    def __init__(self, model_folder, *, batch_size, device, engine_args):
+        self.arguments = engine_args
+        self.policy_version = -1
+        self.held = {"a": torch.zeros(3), "b": torch.zeros(2)}
+        self.refusing = False
+        self.start()
+
+    def start(self):
+        """Runs at the end of the constructor."""
+
+    def strikes(self) -> bool:
+        """Whether the fault strikes now; atomic over all workers."""
+        for i in range(self.arguments.get("times", 1)):
+            try:
+                os.close(os.open(Path(self.arguments["marks"]) / f"strike{i}", os.O_CREAT | os.O_EXCL))
+                return True
+            except FileExistsError:
+                continue
+        return False
+
+    def begin_update(self):
+        self.refusing = True
+
+    def load_weights(self, weights):
+        for name, tensor in weights:
+            self.held[name] = tensor.clone()
+
+    def checksums(self):
+        return checksum_all(self.held.items())
+
+    def finish_update(self, version):
+        self.policy_version, self.refusing = version, False
+
+    def generate(self, requests, params):
+        if self.refusing:
+            raise RuntimeError("incomplete weight update")
+        logprob = float(self.held["a"][0])  # so that a test sees which weights answered
+        return [
+            Completion([r.seed, *r.prompt_ids], [logprob] * (1 + len(r.prompt_ids)), "length", self.policy_version)
+            for r in requests
+        ]
+
+    def close(self):
+        pass
+
+
+class Hangs(Stub):
+    def generate(self, requests, params):
+        if self.strikes():
+            time.sleep(3600)
+        return super().generate(requests, params)
+
+
+class Dies(Stub):
+    """Its process ends in the middle of a call, as if killed."""
+
+    def generate(self, requests, params):
+        if self.strikes():
+            os.kill(os.getpid(), 9)
+        return super().generate(requests, params)
+
+
+class AnswersStale(Stub):
+    """An engine that thinks itself current and is not: the version in its answers is the one before."""
+
+    def generate(self, requests, params):
+        self.policy_version -= (stale := self.strikes())
+        answers = super().generate(requests, params)
+        self.policy_version += stale
+        return answers
+
+
+class AnswersTooFew(Stub):
+    def generate(self, requests, params):
+        return super().generate(requests[1:] if self.strikes() else requests, params)
+
+
+class HangsInUpdate(Stub):
+    def load_weights(self, weights):
+        if self.policy_version == 0 and self.strikes():
+            time.sleep(3600)
+        super().load_weights(weights)
+
+
+class KeepsOldTensor(Stub):
+    """Its loader drops one tensor of the second update without a word."""
+
+    def load_weights(self, weights):
+        drop = self.policy_version == 0 and self.strikes()
+        super().load_weights((n, self.held[n] if drop and n == "b" else t) for n, t in weights)
+
+
+class CannotStart(Stub):
+    def start(self):
+        if self.strikes():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+class DiesAtStart(Stub):
+    def start(self):
+        if self.strikes():
+            os._exit(1)
+
+
+class HangsAtStart(Stub):
+    def start(self):
+        if self.strikes():
+            time.sleep(3600)
+
+
+class RefusesArguments(Stub):
+    def start(self):
+        from kimi_rl.errors import InputError
+
+        raise InputError("rollout.engine_args.oops: unknown")
+
+
+class RealHalfUpdate(TransformersEngine):
+    """The true engine; its second update breaks off after a few layers."""
+
+    def __init__(self, model_folder, *, batch_size, device, engine_args):
+        super().__init__(model_folder, batch_size=batch_size, device=device)
+        self.marks = engine_args["marks"]
+
+    def load_weights(self, weights):
+        mark = Path(self.marks) / "half"
+        if self.policy_version == 0 and not mark.exists():
+            mark.touch()
+            weights = self.broken_off(weights)
+        super().load_weights(weights)
+
+    @staticmethod
+    def broken_off(weights):
+        for index, item in enumerate(weights):
+            if index == 40:
+                raise ConnectionError("the sender went away")
+            yield item
+
+
+class RealDies(TransformersEngine):
+    """The true engine, killed between two tokens of its first chunk."""
+
+    def __init__(self, model_folder, *, batch_size, device, engine_args):
+        super().__init__(model_folder, batch_size=batch_size, device=device)
+        mark, calls = Path(engine_args["marks"]) / "died", []
+        forward = self.model.forward
+
+        def count(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 5 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), 9)
+            return forward(*args, **kwargs)
+
+        self.model.forward = count
