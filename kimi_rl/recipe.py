@@ -181,7 +181,10 @@ class RLVRStage(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo"] = "dapo"
+    loss_type: Literal["grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "luspo", "k15"] = Field(
+        "dapo", description="A loss of TRL, or `k15`: Kimi K1.5's mirror descent (see kimi_rl/objective.py)."
+    )
+    tau: float = Field(0.1, gt=0, description="`k15` only: strength of the penalty on the sequence log-ratio.")
     scale_rewards: Literal["group", "batch", "none"] = "group"
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float | None = Field(None, gt=0)
@@ -225,6 +228,10 @@ class RLVRStage(Section):
             raise ValueError(
                 f"micro_batch_size ({self.micro_batch}) must divide the completions of one update "
                 f"({total} / updates_per_step {self.updates_per_step} = {self.completions_per_update})"
+            )
+        if self.loss_type == "k15" and self.scale_rewards != "none":
+            raise ValueError(
+                f"loss_type k15 takes rewards unscaled: set scale_rewards to none, found {self.scale_rewards}"
             )
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             raise ValueError(f"epsilon_high ({self.epsilon_high}) must not be below epsilon ({self.epsilon})")

@@ -65,6 +65,7 @@ def test_rules_between_fields_give_the_numbers(overrides, expected):
         ("stages.1.rollout.engine=vlm", "expected auto, transformers or vllm (did you mean vllm?)"),
         ("reward.extract=[boxd]", "reward.extract.0: found 'boxd', expected boxed, hash or answer"),
         ("stages=[]", "stages: found a list of 0, expected at least 1 entry"),
+        ("stages.1.loss_type=k15", "loss_type k15 takes rewards unscaled: set scale_rewards to none, found group"),
         ("reward.kind=mth", "unknown 'mth'; use one of math, exact, integer, choice or an import path"),
         ("name=a b", "name: found 'a b', expected letters, digits"),
         ("stages.0=3", "stages.0: found 3, expected a mapping with a `kind`: sft or rlvr"),

@@ -94,6 +94,14 @@ def test_losses_of_trl_are_selectable(step, loss_type):
     assert row["grad_norm"] > 0 and math.isfinite(row["loss"])
 
 
+def test_the_k15_objective_trains(step):
+    rows = step(loss_type="k15", tau=0.5, steps=2, learning_rate=1e-3)
+    assert all(row["grad_norm"] > 0 and math.isfinite(row["loss"]) for row in rows)
+    # Micro-batches add up to the whole batch: the same first gradient.
+    (halves,) = step(loss_type="k15", tau=0.5, micro_batch_size=4)
+    assert halves["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+
+
 def test_kl_penalty_against_the_starting_model(step):
     rows = step(beta=0.1, steps=2, learning_rate=1e-3)
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)

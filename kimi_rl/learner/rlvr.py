@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from kimi_rl.learner.stage import CheckpointNames, RecordCallback, StageContext
 from kimi_rl.mismatch import MismatchBar, measure_mismatch
 from kimi_rl.model.load_save import load_model
+from kimi_rl.objective import k15_loss
 from kimi_rl.recipe import RLVRStage
 from kimi_rl.rewards import Verdict
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
@@ -171,6 +172,29 @@ class RLVRLearner(CheckpointNames, GRPOTrainer):
         self.bar.check(mismatch, self.rollout_step)
         return output
 
+    def _compute_loss(self, model, inputs):
+        """TRL's loss, or K1.5's where the recipe says so."""
+        if self.rlvr.loss_type != "k15":
+            return super()._compute_loss(model, inputs)
+        mask = inputs["completion_mask"]
+        logps, entropies, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
+            torch.cat([inputs["prompt_mask"], mask], dim=1),
+            mask.size(1),
+            compute_entropy=True,
+        )
+        loss = k15_loss(
+            logps,
+            inputs["old_per_token_logps"],
+            mask,
+            inputs["advantages"],
+            tau=self.rlvr.tau,
+            weights=inputs["importance_sampling_ratio"],
+        )
+        self._metrics["train"]["entropy"].append(((entropies * mask).sum() / mask.sum()).item())
+        return loss / self.current_gradient_accumulation_steps
+
     def _write_rollouts(self, inputs: list[dict[str, Any]], advantages: list[float]) -> None:
         rows = [
             {
@@ -218,7 +242,7 @@ def run_rlvr(context: StageContext) -> None:
         warmup_steps=stage.warmup_steps * updates,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
-        loss_type=stage.loss_type,
+        loss_type="grpo" if stage.loss_type == "k15" else stage.loss_type,  # k15: RLVRLearner._compute_loss
         scale_rewards=stage.scale_rewards,
         epsilon=stage.epsilon,
         epsilon_high=stage.epsilon_high,
