@@ -266,3 +266,28 @@ def test_choice_of_a_transport():
         pool_settings(
             RolloutSection(weight_sync="cuda_ipc"), model_folder="", max_model_len=8, seed=0, threads=1, device="cpu"
         )
+
+
+def test_a_prefix_cache_that_is_not_reset(tiny_models):
+    pytest.importorskip("vllm")
+    if torch.cuda.is_available():
+        pytest.skip("the CPU plugin is inert on a GPU")
+    from kimi_rl.rollout.vllm_engine import VLLMEngine
+
+    folder = tiny_models["mla", "dense"]
+    engine = VLLMEngine(str(folder), max_model_len=64, max_num_seqs=2)
+    model = changed_model(folder, 1)
+    reset = engine._llm.reset_prefix_cache
+    try:
+        # vLLM has no prefix cache for MLA on a CPU, so the answer of one that cannot be emptied is given in its place.
+        engine._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching = True
+        engine._llm.reset_prefix_cache = lambda: False
+        with pytest.raises(WeightSyncError, match="kept its prefix cache"):
+            apply_update(engine, update_of(model, 1))
+        with pytest.raises(RuntimeError, match="incomplete"):
+            engine.generate(PROBE, GREEDY)
+        engine._llm.reset_prefix_cache = reset
+        apply_update(engine, update_of(model, 1))
+        assert engine.generate(PROBE, GREEDY)[0].policy_version == 1
+    finally:
+        engine.close()

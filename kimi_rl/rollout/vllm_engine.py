@@ -219,7 +219,9 @@ class VLLMEngine:
         self._arrivals, self._sent, self._verified = _Arrivals(), {}, None
         if self._reloading:  # an earlier update failed half-way: leave vLLM's loader in its resting state
             self._finalize()
-        self._llm.reset_prefix_cache()
+        caching = self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        if not self._llm.reset_prefix_cache() and caching:
+            raise WeightSyncError("vLLM kept its prefix cache, which holds states that the old weights computed")
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         self._reloading = True
