@@ -9,7 +9,9 @@ import torch
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 _ROW = 1024  # words summed together
-_GROUP = 1 << 24  # words handled by one round of kernels (64 MiB); bounds temporary memory to about 200 MiB
+# Words summed by one round of kernels. On a card 64 MiB of them, which bounds temporary memory to about 200 MiB; on a
+# CPU so few that the temporaries stay in its cache.
+_GROUP = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
@@ -34,8 +36,8 @@ def checksum_all(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
 class ChecksumBatch:
     """Checksums of a stream of named tensors. `add` only queues work on the tensors' device; `result` waits for it.
 
-    Up to 64 MiB of tensors are joined and summed by the same few kernels: a model has hundreds of small tensors, whose
-    checksums one by one would cost more in launches than in reading. A tensor must not change between its `add` and
+    Tensors are joined and summed by the same few kernels: a model has hundreds of small ones, whose checksums one by
+    one would cost more in launches than in reading. A tensor must not change between its `add` and
     `result`.
     """
 
@@ -52,11 +54,12 @@ class ChecksumBatch:
         words = _words(tensor)
         if self._pending and self._pending[0][1].device != words.device:
             self._flush()
-        for start in range(0, words.numel(), _GROUP):
-            piece = words[start : start + _GROUP]
+        group = _GROUP[words.device.type]
+        for start in range(0, words.numel(), group):
+            piece = words[start : start + group]
             self._pending.append((name, piece, start // _ROW))
             self._pending_words += piece.numel()
-            if self._pending_words >= _GROUP:
+            if self._pending_words >= group:
                 self._flush()
 
     def _flush(self) -> None:
