@@ -213,26 +213,25 @@ def test_from_an_asyncio_loop(pool):
     assert mixed == EXPECTED
 
 
-def test_from_a_ray_actor():
-    ray = pytest.importorskip("ray")
+def test_from_a_ray_actor(ray_local):
     here, root = str(Path(__file__).parent), str(Path(__file__).parents[2])
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, root])}}
-    ray.init(num_cpus=1, include_dashboard=False, runtime_env=environment, log_to_driver=False)
+
+    @ray_local.remote
+    class Learner:
+        def verdicts(self):
+            from kimi_rl.rewards import VerifierPool
+
+            with VerifierPool(deadline_s=0.5) as pool:
+                pairs = [("\\boxed{\\frac12}", "0.5"), ("\\boxed{\\frac12}", "0.6"), ("nothing", "1")]
+                statuses = [verdict.status for verdict in pool.verify_many(pairs)]
+                return statuses + [pool.verify("hang", "x", kind="bad_kinds:act", extract=()).status]
+
+    path = {"env_vars": {"PYTHONPATH": os.pathsep.join([here, root])}}
+    actor = Learner.options(runtime_env=path).remote()
     try:
-
-        @ray.remote
-        class Learner:
-            def verdicts(self):
-                from kimi_rl.rewards import VerifierPool
-
-                with VerifierPool(deadline_s=0.5) as pool:
-                    pairs = [("\\boxed{\\frac12}", "0.5"), ("\\boxed{\\frac12}", "0.6"), ("nothing", "1")]
-                    statuses = [verdict.status for verdict in pool.verify_many(pairs)]
-                    return statuses + [pool.verify("hang", "x", kind="bad_kinds:act", extract=()).status]
-
-        assert ray.get(Learner.remote().verdicts.remote(), timeout=120) == [*EXPECTED, "timeout"]
+        assert ray_local.get(actor.verdicts.remote(), timeout=120) == [*EXPECTED, "timeout"]
     finally:
-        ray.shutdown()
+        ray_local.kill(actor)
 
 
 def test_import_is_light():
