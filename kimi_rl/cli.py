@@ -27,7 +27,9 @@ app = typer.Typer(
     Exit codes: 0 done, 1 the run failed, 2 bad input (one line says what and where).""",
 )
 
-bench = typer.Typer(no_args_is_help=True, help="Measure: parity of trainer and engine, cost of weight sync.")
+bench = typer.Typer(
+    no_args_is_help=True, help="Measure: parity of trainer and engine, cost of weight sync, speed of decoding."
+)
 app.add_typer(bench, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -66,6 +68,44 @@ def train(
 
     typer.echo(render_text_summary(target))
     typer.echo(f"report: {target / 'report.html'}")
+
+
+@app.command(epilog="Example: `kimi-rl compare recipes/compare_tiny.yaml --out runs/compare_tiny`")
+def compare(
+    file: Annotated[Path, typer.Argument(help="A comparison file (see docs/compare.md), or a recipe.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the base recipe: `stages.rlvr.steps=50`."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and report. Default: runs/<name>.")] = None,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; each gets a card, where there are any.")] = 1,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare arms (hybrid, MLA, other ratios, any override) over seeds, with intervals.
+
+    Each arm and seed is a whole run of the base recipe. A recipe in place of a comparison file is compared as
+    `hybrid` against `mla` with seeds 0, 1 and 2. The same command again goes on where it stopped: finished runs are
+    kept, half-done ones resumed, failed ones tried again.
+    """
+    from kimi_rl.compare import compare as run
+    from kimi_rl.compare import load_plan, text_summary
+    from kimi_rl.compare.watch import Watch
+
+    plan = load_plan(file, overrides or [])
+    target = out or Path("runs") / plan.file.name
+    with Watch(plan.runs, enabled=not as_json) as watch:
+        result = run(plan, target, parallel=parallel, watch=watch)
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(text_summary(result))
+        typer.echo(f"report: {target / 'compare.html'}")
+    failed = [run for run in result["runs"] if run["status"] == "failed"]
+    if failed:
+        raise RunError(
+            f"{len(failed)} of {len(result['runs'])} runs failed, first {failed[0]['arm']} at seed "
+            f"{failed[0]['seed']}: {failed[0]['error']}"
+        )
 
 
 @app.command(epilog="Example: `kimi-rl eval runs/first/model --data math500 --limit 200 --k 4`")
@@ -301,6 +341,56 @@ def sync(
     if transport not in ("auto", "object_store", "cuda_ipc", "all"):
         raise InputError(f"--transport: unknown transport {transport!r}; known: auto, object_store, cuda_ipc, all")
     print_json(bench_sync(model, engine=engine, transport=transport, workers=workers, repeats=repeats))
+
+
+@bench.command(epilog="Example: `kimi-rl bench decode hybrid:large mla:large --context 4096,32768 --out decode`")
+def decode(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="[NAME=]MODEL...", help="Model folders, or `arch:size` of a preset (random weights)."),
+    ],
+    context: Annotated[str, typer.Option(help="Context lengths in tokens, by commas.")] = "4096,8192,16384,32768",
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per measurement.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 1,
+    engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Folder for decode.json, decode.csv and decode.png.")] = None,
+    engine_arg: EngineArgs = None,
+) -> None:
+    """Time per output token and prefill time against context length, with the memory floor. Prints JSON."""
+    from kimi_rl.bench.decode import bench_decode, parse_models
+    from kimi_rl.compare.page import write_csv, write_png
+    from kimi_rl.compare.panels import decode_panels
+    from kimi_rl.run_dir import atomic_write_text
+    from kimi_rl.standalone import ENGINES, parse_engine_args
+
+    try:
+        lengths = [int(part) for part in context.split(",")]
+    except ValueError:
+        raise InputError(f"--context: found {context!r}, expected token counts such as 4096,8192") from None
+    if engine not in ENGINES:
+        raise InputError(f"--engine: unknown engine {engine!r}; known: {', '.join(ENGINES)}")
+    named = parse_models(models)
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be made ({error.strerror or error}); choose another") from None
+    found = bench_decode(
+        named,
+        context=lengths,
+        tokens=tokens,
+        repeats=repeats,
+        batch=batch,
+        engine=engine,
+        engine_args=parse_engine_args(engine_arg or []),
+    )
+    if out is not None:
+        atomic_write_text(out / "decode.json", json.dumps(found, indent=2) + "\n")
+        panels = decode_panels(found)
+        write_csv(out / "decode.csv", panels)
+        write_png(out / "decode.png", panels, "kimi-rl bench decode")
+    print_json(found)
 
 
 @app.command()

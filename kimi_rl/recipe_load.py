@@ -10,7 +10,7 @@ import re
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,6 +20,7 @@ from kimi_rl.recipe import Recipe, RLVRStage, SFTStage
 
 STAGES: dict[str, type[BaseModel]] = {"sft": SFTStage, "rlvr": RLVRStage}
 MAX_ERRORS = 5
+Model = TypeVar("Model", bound=BaseModel)
 
 # What a field of a from-scratch model is good for only while `model.path` is unset.
 _FROM_SCRATCH = ("arch", "size", "mlp", "layer_types", "overrides")
@@ -117,10 +118,15 @@ def parse_recipe(text: str, overrides: Sequence[str] = (), where: str = "recipe"
         found = "empty" if tree is None else f"found {_show(tree)}"
         raise InputError(f"{where}: {found}, expected a mapping with at least `data` and `stages`")
     apply_overrides(tree, overrides)
+    return validate(Recipe, tree, where)
+
+
+def validate(kind: type[Model], tree: Any, where: str) -> Model:
+    """`tree` as a `kind` (a recipe, or another file of this project's), or `InputError`; `where` opens its message."""
     try:
-        return Recipe.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        problems = [_word(item) for item in error.errors(include_url=False)]
+        problems = [_word(item, kind) for item in error.errors(include_url=False)]
         more = f"; and {len(problems) - MAX_ERRORS} more" if len(problems) > MAX_ERRORS else ""
         raise InputError(f"{where}: {'; '.join(problems[:MAX_ERRORS])}{more}") from None
 
@@ -280,14 +286,14 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def _word(error: Any) -> str:
-    """One pydantic error as `path: found X, expected Y`."""
+def _word(error: Any, root: Any) -> str:
+    """One pydantic error as `path: found X, expected Y`; `root` is the class of the whole file."""
     loc, kind, found, context = error["loc"], error["type"], error["input"], error.get("ctx", {})
     if len(loc) > 2 and loc[0] == "stages" and loc[2] in STAGES:
         loc = loc[:2] + loc[3:]  # the tag of the union is no key of the file
     path = ".".join(str(part) for part in loc)
     if kind == "extra_forbidden":
-        known = _fields_at(error["loc"][:-1])
+        known = _fields_at(error["loc"][:-1], root)
         return f"unknown key `{path}`{_nearest(str(loc[-1]), known, '.'.join(map(str, loc[:-1])))}"
     if kind == "model_attributes_type" and len(loc) == 2 and loc[0] == "stages":
         return f"{path}: found {_show(found)}, expected a mapping with a `kind`: {_either(STAGES)}"
@@ -297,18 +303,18 @@ def _word(error: Any) -> str:
         tag = str(context.get("tag", ""))
         return f"{path}.kind: found {_show(tag)}, expected {_either(STAGES)}{_did_you_mean(tag, STAGES)}"
     if kind == "missing":
-        return f"{path}: missing, expected {_describe(error['loc'])}"
+        return f"{path}: missing, expected {_describe(error['loc'], root)}"
     if kind == "value_error":
         message = _one_line(context.get("error", error["msg"]))
         return f"{path}: {message}" if path else message
-    return f"{path}: found {_show(found)}, expected {_expected(kind, context, error)}"
+    return f"{path}: found {_show(found)}, expected {_expected(kind, context, error, root)}"
 
 
-def _expected(kind: str, context: dict[str, Any], error: Any) -> str:
+def _expected(kind: str, context: dict[str, Any], error: Any, root: Any) -> str:
     if kind in _EXPECTED:
         return _EXPECTED[kind]
     if kind == "literal_error":
-        choices = _choices(_annotation_at(error["loc"]))
+        choices = _choices(_annotation_at(error["loc"], root))
         if choices:
             return _either(choices) + _did_you_mean(str(error["input"]), choices)
     if kind == "string_pattern_mismatch":
@@ -324,9 +330,9 @@ def _expected(kind: str, context: dict[str, Any], error: Any) -> str:
     return _one_line(error["msg"])
 
 
-def _describe(loc: tuple[Any, ...]) -> str:
+def _describe(loc: tuple[Any, ...], root: Any) -> str:
     """What belongs into a field that is missing."""
-    kind = _strip(_annotation_at(loc))
+    kind = _strip(_annotation_at(loc, root))
     if _is_model(kind):
         return "a mapping with " + ", ".join(f"`{name}`" for name in kind.model_fields)
     if get_origin(kind) is list:
@@ -334,9 +340,9 @@ def _describe(loc: tuple[Any, ...]) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(kind, "a value")
 
 
-def _annotation_at(loc: Iterable[Any]) -> Any:
-    """The type that the schema gives for pydantic's location `loc` (with the union's tag)."""
-    kind: Any = Recipe
+def _annotation_at(loc: Iterable[Any], root: Any) -> Any:
+    """The type that the schema `root` gives for pydantic's location `loc` (with the union's tag)."""
+    kind: Any = root
     for part in loc:
         kind = _strip(kind)
         if _is_model(kind) and part in kind.model_fields:
@@ -350,8 +356,8 @@ def _annotation_at(loc: Iterable[Any]) -> Any:
     return kind
 
 
-def _fields_at(loc: Iterable[Any]) -> list[str]:
-    kind = _strip(_annotation_at(loc))
+def _fields_at(loc: Iterable[Any], root: Any) -> list[str]:
+    kind = _strip(_annotation_at(loc, root))
     return list(kind.model_fields) if _is_model(kind) else []
 
 

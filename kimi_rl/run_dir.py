@@ -146,7 +146,7 @@ class RunDir:
         """Append a row and wait until it is on disk. "stage" and "step" must be in it; NaN becomes null."""
         if "stage" not in row or "step" not in row:
             raise ValueError(f"a metrics row needs `stage` and `step`, found {sorted(row)}")
-        line = json.dumps(_jsonable(row), ensure_ascii=False, allow_nan=False) + "\n"
+        line = json.dumps(jsonable(row), ensure_ascii=False, allow_nan=False) + "\n"
         repair_jsonl(self.metrics_path)  # a learner that was killed and started again finds its own torn line
         with open(self.metrics_path, "ab") as file:
             # One write, so that a reader sees at most one torn line and never a mixture.
@@ -283,7 +283,7 @@ class RunDir:
             raise InputError(f"{path}: not JSON ({error}); restore it, or start in a new folder") from None
 
     def _write_json(self, name: str, value: Any) -> Path:
-        text = json.dumps(_jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(jsonable(value), indent=2, ensure_ascii=False, allow_nan=False)
         atomic_write_text(self._path(name), text + "\n")
         return self._path(name)
 
@@ -337,16 +337,16 @@ def repair_jsonl(path: Path) -> None:
         pass
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """Plain JSON values: numpy and torch scalars become Python's, paths text, and what is not finite null."""
     if isinstance(value, dict):
-        return {str(key): _jsonable(item) for key, item in value.items()}
+        return {str(key): jsonable(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(item) for item in value]
+        return [jsonable(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
-        return _jsonable(value.tolist())
+        return jsonable(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -252,5 +252,7 @@ def test_shipped_recipes_load():
     if not recipes:
         pytest.skip("no recipes in this checkout")
     for path in recipes:
+        if path.name.startswith("compare_"):  # comparison files: tests/compare/test_plan.py
+            continue
         recipe = load_recipe(path)
         assert parse_recipe(dump_recipe(recipe)) == recipe, path

@@ -45,7 +45,7 @@ def write_report(run_dir: Path) -> Path:
         css=Markup((here / "style.css").read_text(encoding="utf-8")),
         charts_js=Markup((here / "charts.js").read_text(encoding="utf-8")),
         plotly_js=Markup(get_plotlyjs()),
-        charts_json=Markup(_script_json(figures)),
+        charts_json=Markup(script_json(figures)),
     )
     target = Path(run_dir) / "report.html"
     # Lone surrogates, which a broken completion may hold, are no UTF-8.
@@ -123,7 +123,7 @@ def describe_run(run: RunDir, with_details: bool = False) -> dict[str, Any]:
         "stages": stages,
         "cards": _cards(stages),
         "recipe_text": read(lambda: run.recipe_path.read_text("utf-8"), "") if with_details else "",
-        "machine": _machine(environments),
+        "machine": describe_machine(environments),
         "warnings": list(dict.fromkeys(warnings)),
     }
 
@@ -233,7 +233,8 @@ def _cards(stages: list[dict[str, Any]]) -> list[tuple[str, str, str]]:
     return cards
 
 
-def _machine(environments: list[Row]) -> list[tuple[str, str]]:
+def describe_machine(environments: list[Row]) -> list[tuple[str, str]]:
+    """Versions and machine of the last start, as (name, text)."""
     if not environments:
         return []
     last = environments[-1]
@@ -257,7 +258,7 @@ def _with_se(evaluation: dict[str, Any] | None) -> str:
     return "–" if evaluation is None else f"{percent(evaluation['accuracy'])} ± {percent(evaluation['se'])}"
 
 
-def _script_json(value: Any) -> str:
+def script_json(value: Any) -> str:
     """JSON that may stand inside a <script>: nothing in it can close the element or start a comment."""
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,0 +1,223 @@
+"""`kimi-rl bench decode`: time per output token and prefill time against context length, with the memory floor."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from transformers import KimiLinearConfig
+
+from kimi_rl.errors import InputError, RunError
+from kimi_rl.model.cost import sequence_bytes
+from kimi_rl.model.load_save import create_model, save_model
+from kimi_rl.model.presets import SIZES, describe
+from kimi_rl.recipe import ModelSection, TokenizerSection
+from kimi_rl.rollout.engine import Request, RolloutEngine, SamplingParams
+from kimi_rl.rollout.worker import build_engine, resolve_engine
+from kimi_rl.run_dir import describe_environment
+from kimi_rl.seeds import derive_seed
+from kimi_rl.tokenizer import build_tokenizer
+
+_FREE = 10  # tokens from which random prompts are drawn: neither the first nor the last ids of the vocabulary
+_COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 4 * 2**30}  # beyond every cache
+
+
+def bench_decode(
+    models: Mapping[str, str],
+    *,
+    context: Sequence[int],
+    tokens: int = 32,
+    repeats: int = 3,
+    batch: int = 1,
+    engine: str = "auto",
+    seed: int = 0,
+    engine_args: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Time models on random prompts of `context` tokens, through the real engine (vLLM on a GPU: bf16, CUDA graphs).
+
+    `models`: name -> checkpoint folder, or `arch:size` of a preset (`hybrid:large`) with random weights. Prefill time
+    is a call that generates one token; time per output token is what each of `tokens` more adds. One call of each
+    warms up. End-of-sequence tokens do not stop these calls, and since the layers have no positions, a model is timed
+    beyond its max_position_embeddings.
+
+    Returns:
+        `models`: name, parameters, and `rows` by context: `prefill_s` and `token_s` (medians; `..._all` has every
+        repeat), `tokens_per_s` of the batch, `floor_s` and what it is made of: `weight_bytes` that one token uses,
+        `kv_bytes` read, and `state_bytes`, read and written, of the whole batch, over `copy_bytes_per_s`, the measured
+        speed of a copy on the device (bytes read plus written). A context that does not fit gets an `error` in place
+        of figures.
+    """
+    for length in context:
+        if length < 1:
+            raise InputError(f"--context: found {length}, expected token counts of at least 1")
+    transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = resolve_engine(engine)
+    if name == "vllm" and device == "cuda":
+        # Nothing else is on the card.
+        engine_args = {"gpu_memory_utilization": 0.88} | (engine_args or {})
+    bandwidth = copy_bandwidth(device)
+    figures = []
+    for label, source in models.items():
+        with timed_folder(source, max(context) + tokens + 2) as folder:
+            config = KimiLinearConfig.from_pretrained(folder)
+            loaded = build_engine(
+                name, str(folder), batch_size=batch, max_model_len=max(context) + tokens + 2, seed=seed,
+                device=device, engine_args=engine_args or {}, policy_version=0,
+            )  # fmt: skip
+            try:
+                rows = [
+                    _row(loaded, config, name, device, bandwidth, length, tokens, repeats, batch, seed)
+                    for length in sorted(context)
+                ]
+            finally:
+                loaded.close()
+            del loaded
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        figures.append(
+            {"name": label, "model": source, "parameters": describe(config)["total"],
+             "layers": list(config.layer_types), "rows": rows}
+        )  # fmt: skip
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "engine": name,
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+        "tokens": tokens,
+        "repeats": repeats,
+        "copy_bytes_per_s": bandwidth,
+        "models": figures,
+        "environment": describe_environment(),
+    }
+
+
+def parse_models(sources: Sequence[str]) -> dict[str, str]:
+    """Command-line models, `[NAME=]FOLDER` or `[NAME=]ARCH:SIZE`, by name. Raises InputError, before anything loads."""
+    models: dict[str, str] = {}
+    for text in sources:
+        label, equals, source = text.partition("=")
+        if not equals:
+            label = source = text
+        if label in models:
+            raise InputError(f"MODEL: {label!r} is given twice; name them apart: NAME={source}")
+        if not preset_of(source) and not (Path(source) / "config.json").is_file():
+            raise InputError(
+                f"MODEL {source}: no config.json in it; give a model folder, or ARCH:SIZE of a preset "
+                f"(hybrid or mla; {', '.join(SIZES)})"
+            )
+        models[label] = source
+    return models
+
+
+def preset_of(source: str) -> tuple[str, str] | None:
+    """(arch, size) of `hybrid:large`; None where `source` is something else."""
+    arch, _, size = source.partition(":")
+    return (arch, size) if arch in ("hybrid", "mla") and size in SIZES else None
+
+
+@contextlib.contextmanager
+def timed_folder(source: str, longest: int) -> Iterator[Path]:
+    """A folder with the model's weights and a configuration without end-of-sequence token or length limit."""
+    with tempfile.TemporaryDirectory(prefix="kimi_rl_decode_") as temp:
+        folder = Path(temp) / "timed"
+        original = Path(source)
+        preset = preset_of(source)
+        if preset:
+            original = Path(temp) / "preset"
+            tokenizer = build_tokenizer(TokenizerSection(), [])
+            save_model(create_model(ModelSection(arch=preset[0], size=preset[1]), tokenizer, 0), None, original)
+        folder.mkdir()
+        for file in original.iterdir():
+            if file.suffix in (".safetensors", ".json") and file.name not in ("config.json", "generation_config.json"):
+                (folder / file.name).symlink_to(file.resolve())
+        config = json.loads((original / "config.json").read_text(encoding="utf-8"))
+        config["eos_token_id"] = []
+        for key in ("max_position_embeddings", "model_max_length"):
+            if key in config:
+                config[key] = max(config[key], longest)
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield folder
+
+
+def _row(
+    engine: RolloutEngine, config: KimiLinearConfig, name: str, device: str, bandwidth: float, length: int,
+    tokens: int, repeats: int, batch: int, seed: int,
+) -> dict[str, Any]:  # fmt: skip
+    low, high = _FREE, config.vocab_size - _FREE
+    generator = torch.Generator().manual_seed(derive_seed(seed, "decode", length))
+    prompts = torch.randint(low, high, (batch, length), generator=generator).tolist()
+    requests = [Request(prompt, derive_seed(seed, "decode", length, i)) for i, prompt in enumerate(prompts)]
+    prefill, token = [], []
+    try:
+        for repeat in range(repeats + 1):
+            one, more = (_time(engine, requests, count) for count in (1, tokens + 1))
+            if repeat:  # the first warms up: kernels are compiled, memory is mapped
+                prefill.append(one)
+                token.append((more - one) / tokens)
+    except (torch.OutOfMemoryError, InputError) as error:
+        return {"context": length, "error": " ".join(str(error).split())[:200]}
+    floor = memory_floor(config, length + tokens // 2, batch, bfloat16=name == "vllm" and device == "cuda")
+    return {
+        "context": length,
+        "prefill_s": median(prefill),
+        "token_s": median(token),
+        "tokens_per_s": batch / median(token),
+        "floor_s": sum(floor.values()) / bandwidth,
+        **floor,
+        "prefill_s_all": prefill,
+        "token_s_all": token,
+    }
+
+
+def _time(engine: RolloutEngine, requests: Sequence[Request], tokens: int) -> float:
+    start = time.perf_counter()
+    answers = engine.generate(requests, SamplingParams(tokens))
+    seconds = time.perf_counter() - start  # the answers are on the host: the device has finished
+    for answer in answers:
+        if len(answer.token_ids) != tokens:
+            raise RunError(f"the engine stopped after {len(answer.token_ids)} of {tokens} tokens: no timing")
+    return seconds
+
+
+def memory_floor(config: KimiLinearConfig, length: int, batch: int, *, bfloat16: bool) -> dict[str, int]:
+    """Bytes that one decoding step of `batch` sequences of `length` tokens must move at least.
+
+    Weights are those that one token uses, once a step, without the input embedding (of a mixture of experts a batch
+    reads more); the KV latents are read, the recurrent states and convolution tails read and written.
+    """
+    size = 2 if bfloat16 else 4
+    one = sequence_bytes(config, length, cache_bytes=size)
+    used = describe(config)["active"] - config.vocab_size * config.hidden_size
+    return {
+        "weight_bytes": used * size,
+        "kv_bytes": batch * one.kv,
+        "state_bytes": 2 * batch * (one.state + one.conv),
+    }
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read plus written per second of a copy of memory on `device`, beyond its caches: the best of 5."""
+    size = _COPY_BYTES[device]
+    source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(6):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * size / (time.perf_counter() - start))
+    del source, target
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the engine takes its share of what is free
+    return best

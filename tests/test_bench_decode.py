@@ -1,0 +1,74 @@
+"""`kimi-rl bench decode` on tiny models: shapes, floors by hand, and what it refuses."""
+
+import json
+
+import pytest
+from runs import run
+
+from kimi_rl.bench import decode
+from kimi_rl.bench.decode import bench_decode, memory_floor, parse_models, timed_folder
+from kimi_rl.compare.panels import decode_panels
+from kimi_rl.errors import InputError
+from kimi_rl.model.presets import build_config, describe
+from kimi_rl.recipe import ModelSection
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_two_arms(tiny_models, engine, monkeypatch):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    monkeypatch.setitem(decode._COPY_BYTES, "cpu", 2**20)
+    arms = {arch: str(tiny_models[arch, "dense"]) for arch in ("hybrid", "mla")}
+    found = bench_decode(arms, context=[24, 12], tokens=3, repeats=1, batch=2, engine=engine)
+    assert found["engine"] == engine and [model["name"] for model in found["models"]] == ["hybrid", "mla"]
+    for model in found["models"]:
+        assert [row["context"] for row in model["rows"]] == [12, 24]
+        for row in model["rows"]:
+            assert row["prefill_s"] > 0 and row["prefill_s_all"] == [row["prefill_s"]]
+            moved = row["weight_bytes"] + row["kv_bytes"] + row["state_bytes"]
+            assert row["floor_s"] == pytest.approx(moved / found["copy_bytes_per_s"])
+    json.dumps(found)
+    panels = decode_panels(found)
+    assert [panel.title for panel in panels] == ["Prefill", "Time per output token"]
+    assert [line.arm for line in panels[1].lines] == ["hybrid", "hybrid: memory floor", "mla", "mla: memory floor"]
+
+
+def test_floor_by_hand():
+    hybrid, mla = (
+        build_config(ModelSection(arch=arch), vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+        for arch in ("hybrid", "mla")
+    )
+    found = memory_floor(mla, 1000, 3, bfloat16=True)
+    assert found["weight_bytes"] == 2 * (describe(mla)["total"] - 512 * 128)
+    assert found["kv_bytes"] == 3 * 4 * 1000 * 80 * 2 and found["state_bytes"] == 0
+    assert memory_floor(hybrid, 1000, 3, bfloat16=True)["kv_bytes"] * 4 == found["kv_bytes"]
+    # The state is read and written, in float32 whatever the rest is.
+    assert memory_floor(hybrid, 9, 1, bfloat16=False)["state_bytes"] == 2 * 3 * (4 * 32 * 32 * 4 + 3 * 3 * 128 * 4)
+
+
+def test_nothing_stops_a_timing_and_the_model_stays_as_it_is(tiny_models):
+    folder = tiny_models["hybrid", "dense"]
+    before = (folder / "config.json").read_text()
+    with timed_folder(str(folder), 10**6) as timed:
+        config = json.loads((timed / "config.json").read_text())
+        assert config["eos_token_id"] == [] and not (timed / "generation_config.json").exists()
+        assert max(config.get(k, 0) for k in ("max_position_embeddings", "model_max_length")) == 10**6
+        assert (timed / "model.safetensors").resolve() == (folder / "model.safetensors").resolve()
+    assert (folder / "config.json").read_text() == before
+
+
+def test_models_of_the_command_line(tiny_models, tmp_path):
+    folder = str(tiny_models["mla", "dense"])
+    assert parse_models([folder, "h=hybrid:tiny"]) == {folder: folder, "h": "hybrid:tiny"}
+    for sources, word in (([str(tmp_path)], "config.json"), (["hybrid:huge"], "ARCH:SIZE"),
+                          (["mla:tiny", "mla:tiny"], "twice")):  # fmt: skip
+        with pytest.raises(InputError, match=word):
+            parse_models(sources)
+    with pytest.raises(InputError, match="--context"):
+        bench_decode({"a": "mla:tiny"}, context=[0])
+
+
+def test_bad_options_of_the_command():
+    for arguments, word in ((("--context", "4k"), "'4k'"), (("--engine", "vlm"), "vlm")):
+        done = run("bench", "decode", "mla:tiny", *arguments)
+        assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
