@@ -77,3 +77,31 @@ def k15_loss(
     gain = (weighted * mask).sum(-1) * advantages
     log_ratio = ((logps - old_logps.detach()) * mask).sum(-1)
     return (0.5 * tau * log_ratio.square() - gain).mean()
+
+
+def ptx_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood per labelled token, the supervised term of the objective (before its weight).
+
+    Its denominator is its own: the number of labelled tokens of the supervised batch, whatever the rollouts hold.
+
+    Args:
+        logits: [B, T, V]. labels: [B, T], the token at each position, -100 where it is not to be learned.
+
+    Returns:
+        scalar, in nats.
+    """
+    return torch.nn.functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
+
+
+def drift_kl(old_logps: torch.Tensor, new_logps: torch.Tensor, mask: torch.Tensor) -> float:
+    """KL(old || new) per token in nats, the k3 estimate on tokens that `old` drew.
+
+    The mean of exp(d) - 1 - d with d = new - old.
+
+    Args:
+        old_logps, new_logps, mask: [B, T].
+    """
+    d = (new_logps - old_logps)[mask.bool()].double()
+    return (torch.expm1(d) - d).mean().item() if d.numel() else 0.0

@@ -60,7 +60,8 @@ def check_inputs(recipe: Recipe) -> None:
         build_config(recipe.model, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     else:
         check_model_folder(recipe.model.path)
-    load_problems(recipe.data)
+    for data in recipe.all_data():
+        load_problems(data)
 
 
 def check_model_folder(path: str) -> None:

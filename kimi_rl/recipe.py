@@ -82,10 +82,18 @@ class RolloutSection(Section):
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     workers: Positive = 1
+    min_workers: Positive | None = Field(
+        None, description="Go on with so few workers once others have used up their restarts; unset: with all or none."
+    )
     batch_size: Positive = Field(128, description="Sequences a worker decodes at once (transformers engine).")
     temperature: float = Field(1.0, gt=0)
     top_p: float = Field(1.0, gt=0, le=1)
     max_tokens: Positive = Field(128, description="Longest completion, in tokens.")
+    slice_tokens: Positive | None = Field(
+        None,
+        description="Overlapped rollouts: a worker gives a completion back after so many tokens, and goes on with it"
+        " after taking newer weights (partial rollouts); unset: completions are finished in one go.",
+    )
     weight_sync: Literal["auto", "object_store", "cuda_ipc"] = Field(
         "auto", description="How weights reach workers; `auto`: `cuda_ipc` on one card, else `object_store`."
     )
@@ -94,12 +102,19 @@ class RolloutSection(Section):
     max_restarts: NonNegative = Field(3, description="Restarts of one worker before the run gives up.")
     engine_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the vLLM engine.")
 
+    @model_validator(mode="after")
+    def _enough_workers(self) -> RolloutSection:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
+        return self
+
 
 class SFTStage(Section):
     """Supervised fine-tuning on the worked solutions (trl.SFTTrainer, loss on the assistant turn only)."""
 
     kind: Literal["sft"]
     name: str = Field("sft", pattern=r"^[A-Za-z0-9_-]+$")
+    data: DataSection | None = Field(None, description="Problems of this stage alone; unset: the recipe's.")
     steps: Positive
     batch_size: Positive = 32
     micro_batch_size: Positive | None = Field(None, description="Samples per forward; unset: batch_size.")
@@ -139,6 +154,9 @@ class MismatchGate(Section):
 
     max_kl: float | None = Field(0.02, gt=0, description="Bar on the mean k3 KL per token; unset: never stop.")
     patience: Positive = 3
+    probe_every: Positive = Field(
+        10, description="Where rollouts run ahead, draw a few completions for the comparison every so many steps."
+    )
 
 
 class RewardSection(Section):
@@ -163,18 +181,69 @@ class RewardSection(Section):
         return kind
 
 
+class PTXSection(Section):
+    """A supervised loss beside the RL loss, on a stream of worked solutions, against forgetting (K1.5's PTX loss)."""
+
+    weight: float = Field(0.1, gt=0, description="Lambda: factor of the mean NLL per solution token.")
+    batch_size: Positive = Field(16, description="Solutions per optimizer step.")
+    data: DataSection | None = Field(None, description="Where the solutions come from; unset: the stage's problems.")
+    max_length: Positive = Field(512, description="Samples longer than this many tokens are left out.")
+
+
+class KLControl(Section):
+    """Steers the KL coefficient (`tau` with `k15`, else `beta`) so that a step moves the policy by `target`."""
+
+    target: float = Field(gt=0, description="KL per token, in nats: of a step with `k15`, else to the reference.")
+    min: float = Field(1e-3, gt=0)
+    max: float = Field(10.0, gt=0)
+    rate: float = Field(0.1, gt=0, le=1, description="Largest relative change of the coefficient per step.")
+
+
+class UpdateControl(Section):
+    """Steers the number of optimizer steps per rollout batch between `min` and `max`."""
+
+    min: Positive = 1
+    max: Positive = 4
+    max_kl: float = Field(0.05, gt=0, description="A step that moves the policy further (nats per token) halves them.")
+    min_entropy: float = Field(0.05, ge=0, description="So does an entropy below this (nats per token).")
+    max_entropy: float | None = Field(None, gt=0, description="And one above this.")
+    calm_steps: Positive = Field(5, description="Doubled after so many steps inside the band.")
+
+
+class DynamicSampling(Section):
+    """Groups that are all right or all wrong teach nothing: they are replaced by groups of other prompts (DAPO)."""
+
+    max_rounds: Positive = Field(3, description="Rounds of replacement; what is then still uniform is kept.")
+
+
+class LengthReward(Section):
+    """K1.5's length reward: within a group shorter correct answers gain, longer ones lose, up to half of `weight`."""
+
+    weight: float = Field(0.1, gt=0)
+    warmup_steps: NonNegative = Field(0, description="Off for so many steps, then grows linearly for as many again.")
+
+
 class RLVRStage(Section):
     """Reinforcement learning with verifiable rewards (a trl.GRPOTrainer in a Ray actor)."""
 
     kind: Literal["rlvr"]
     name: str = Field("rlvr", pattern=r"^[A-Za-z0-9_-]+$")
+    data: DataSection | None = Field(None, description="Problems of this stage alone; unset: the recipe's.")
     steps: Positive = Field(description="Rollout batches. Each is followed by `updates_per_step` optimizer steps.")
     prompts_per_step: Positive = 16
     group_size: int = Field(8, ge=2, description="Completions per prompt.")
     batch_size: Positive | None = Field(
         None, description="Completions per step; unset: prompts_per_step x group_size, which it must equal."
     )
-    updates_per_step: Positive = 1
+    prompt_order: Literal["shuffle", "prioritized", "curriculum"] = Field(
+        "shuffle",
+        description="`prioritized`: in proportion to 1 - a problem's running success rate; `curriculum`: easy problems first.",
+    )
+    curriculum_steps: Positive | None = Field(
+        None, description="Steps until all problems are in; unset: half of steps."
+    )
+    dynamic_sampling: DynamicSampling | None = None
+    updates_per_step: Positive = Field(1, description="Optimizer steps per rollout batch; `update_control` moves it.")
     micro_batch_size: Positive | None = Field(None, description="Completions per forward; unset: one update's share.")
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: NonNegative = 0
@@ -189,6 +258,16 @@ class RLVRStage(Section):
     epsilon: float = Field(0.2, gt=0)
     epsilon_high: float | None = Field(None, gt=0)
     beta: float = Field(0.0, ge=0, description="Coefficient of the KL penalty against the stage's starting model.")
+    kl_control: KLControl | None = None
+    update_control: UpdateControl | None = None
+    ptx: PTXSection | None = None
+    length_reward: LengthReward | None = None
+    max_staleness: NonNegative = Field(
+        0, description="Policy versions by which a token may be older than the learner; above 0 rollouts run ahead."
+    )
+    overlap: Literal["auto", "on", "off"] = Field(
+        "auto", description="Rollouts in the background; `auto`: with max_staleness above 0."
+    )
     mask_truncated: bool = Field(False, description="Leave completions that hit max_tokens out of the loss.")
     importance_sampling: ImportanceSampling = Field(default_factory=ImportanceSampling)
     mismatch: MismatchGate = Field(default_factory=MismatchGate)
@@ -205,8 +284,16 @@ class RLVRStage(Section):
         return self.completions_per_step // self.updates_per_step
 
     @property
+    def most_updates(self) -> int:
+        return max(self.updates_per_step, self.update_control.max if self.update_control else 1)
+
+    @property
     def micro_batch(self) -> int:
-        return self.micro_batch_size or self.completions_per_update
+        return self.micro_batch_size or self.completions_per_step // self.most_updates
+
+    @property
+    def overlapped(self) -> bool:
+        return self.overlap == "on" or (self.overlap == "auto" and self.max_staleness > 0)
 
     @model_validator(mode="after")
     def _arithmetic(self) -> RLVRStage:
@@ -224,6 +311,8 @@ class RLVRStage(Section):
                 f"updates_per_step ({self.updates_per_step}) must divide {sizes}: "
                 f"{total} % {self.updates_per_step} = {total % self.updates_per_step}"
             )
+        if self.update_control is not None:
+            self._check_update_control(total, sizes)
         if self.completions_per_update % self.micro_batch:
             raise ValueError(
                 f"micro_batch_size ({self.micro_batch}) must divide the completions of one update "
@@ -233,9 +322,36 @@ class RLVRStage(Section):
             raise ValueError(
                 f"loss_type k15 takes rewards unscaled: set scale_rewards to none, found {self.scale_rewards}"
             )
+        if self.kl_control is not None:
+            self._check_kl_control()
+        if self.max_staleness and self.overlap == "off":
+            raise ValueError(f"max_staleness ({self.max_staleness}) needs overlap: auto or on, found off")
+        if self.rollout.slice_tokens is not None and not self.max_staleness:
+            raise ValueError("rollout.slice_tokens needs overlapped rollouts: set max_staleness above 0")
+        if self.curriculum_steps is not None and self.prompt_order != "curriculum":
+            raise ValueError(f"curriculum_steps needs prompt_order: curriculum, found {self.prompt_order}")
         if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
             raise ValueError(f"epsilon_high ({self.epsilon_high}) must not be below epsilon ({self.epsilon})")
         return self
+
+    def _check_update_control(self, total: int, sizes: str) -> None:
+        control = self.update_control
+        if not control.min <= self.updates_per_step <= control.max:
+            raise ValueError(
+                f"updates_per_step ({self.updates_per_step}) must be between update_control.min ({control.min}) and "
+                f"update_control.max ({control.max})"
+            )
+        if total % control.max or total // control.max % self.micro_batch:
+            raise ValueError(
+                f"update_control.max ({control.max}) must cut {sizes} into whole micro-batches of {self.micro_batch}"
+            )
+
+    def _check_kl_control(self) -> None:
+        start = self.tau if self.loss_type == "k15" else self.beta
+        name = "tau" if self.loss_type == "k15" else "beta"
+        low, high = self.kl_control.min, self.kl_control.max
+        if not low <= start <= high:
+            raise ValueError(f"kl_control moves {name}, which starts at {start:g}: it must be in [{low:g}, {high:g}]")
 
 
 Stage = Annotated[SFTStage | RLVRStage, Field(discriminator="kind")]
@@ -257,10 +373,17 @@ class Recipe(Section):
     reward: RewardSection = Field(default_factory=RewardSection)
     stages: list[Stage] = Field(min_length=1)
 
+    def all_data(self) -> list[DataSection]:
+        """The recipe's problems and those that stages bring along."""
+        own = [stage.data for stage in self.stages]
+        own += [stage.ptx.data for stage in self.stages if stage.kind == "rlvr" and stage.ptx is not None]
+        return [self.data, *(data for data in own if data is not None)]
+
     @model_validator(mode="after")
     def _own_rewards_read_their_own_golds(self) -> Recipe:
         if self.reward.kind not in ("auto", "math"):
-            self.data.check_golds = False  # what a gold must look like is then the reward function's business
+            for data in self.all_data():
+                data.check_golds = False  # what a gold must look like is then the reward function's business
         return self
 
     @model_validator(mode="after")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kimi_rl.objective import group_advantages, k15_loss
+from kimi_rl.objective import drift_kl, group_advantages, k15_loss, ptx_loss
 
 
 @pytest.mark.parametrize("weighting", ["none", "token", "sequence"])
@@ -76,3 +76,26 @@ def test_missing_rewards_leave_the_baseline_and_teach_nothing():
         assert advantages[1] == 0 and torch.isfinite(advantages).all()
         assert advantages[3:].abs().max() < 1e-6
     assert torch.allclose(group_advantages(rewards, 3)[:3], torch.tensor([0.5, 0.0, -0.5]))
+
+
+def test_ptx_loss_by_hand():
+    """Every labelled token counts once, whatever sample it stands in; the label of a position is the next token."""
+    logits = torch.randn(2, 4, 5, dtype=torch.double, requires_grad=True)
+    labels = torch.tensor([[3, -100, 1, 2], [0, 4, -100, -100]])
+    logps = logits.detach().log_softmax(-1)
+    expected = -(logps[0, 1, 1] + logps[0, 2, 2] + logps[1, 0, 4]) / 3
+    loss = ptx_loss(logits, labels)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    loss.backward()
+    assert logits.grad[0, 0].abs().sum() == 0 and logits.grad[1, 1:].abs().sum() == 0
+
+
+def test_drift_is_the_kl_of_the_sampled_tokens():
+    """The k3 estimate, averaged over samples of the old policy, is KL(old || new)."""
+    torch.manual_seed(0)
+    old, new = torch.randn(2, 6, dtype=torch.double).log_softmax(-1)
+    tokens = torch.multinomial(old.exp(), 200_000, replacement=True)
+    exact = (old.exp() * (old - new)).sum().item()
+    estimate = drift_kl(old[tokens][None], new[tokens][None], torch.ones(1, len(tokens)))
+    assert estimate == pytest.approx(exact, rel=0.03)
+    assert drift_kl(old[None, :2], new[None, :2], torch.zeros(1, 2)) == 0.0

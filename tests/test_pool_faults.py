@@ -58,7 +58,8 @@ def test_a_fault_while_generating(make_pool, fault):
     pool.update_weights(weights(0), 0)
     pool.update_weights(weights(1), 1)
     check_all_answered(pool, 1)
-    assert pool.restarts == 1
+    # What a hanging worker holds up, the other one answers; it is replaced when its deadline has passed.
+    assert pool.restarts == (0 if fault == "Hangs" else 1)
     pool.update_weights(weights(2), 2)
     check_all_answered(pool, 2)
     assert pool.restarts == 1

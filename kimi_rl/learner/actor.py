@@ -27,7 +27,7 @@ class Learner:
         from transformers import set_seed
         from transformers.utils import logging as hf_logging
 
-        from kimi_rl.learner.rlvr import run_rlvr
+        from kimi_rl.learner.rlvr_stage import run_rlvr
         from kimi_rl.learner.sft import run_sft
 
         hf_logging.set_verbosity_error()
@@ -38,8 +38,7 @@ class Learner:
         try:
             run = {"sft": run_sft, "rlvr": run_rlvr}[context.stage.kind]
             run(context)
-            updates = getattr(context.stage, "updates_per_step", 1)
-            figures = context.evaluate(context.stage.steps, context.stage.steps * updates, "after")
+            figures = context.evaluate(context.stage.steps, context.stage.steps, "after")
             model = context.save_final()
         finally:
             context.close()

@@ -1,14 +1,13 @@
-"""The RLVR stage: a trl.GRPOTrainer whose completions come from the rollout workers.
+"""The RLVR learner: a trl.GRPOTrainer whose completions come from the rollout workers.
 
-TRL keeps the dataset, advantages, losses, logging and checkpoints. Overridden here: where completions come from, the
-order of prompts (so that a resumed run goes on with exactly the next ones), and what is recorded.
+TRL keeps the advantages, losses, logging and checkpoints. Overridden here: where prompts and completions come from,
+K1.5's loss and the supervised (PTX) term, how many optimizer steps a rollout batch gets, and what is recorded.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,49 +15,40 @@ from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from kimi_rl.learner.stage import CheckpointNames, RecordCallback, StageContext
-from kimi_rl.mismatch import MismatchBar, measure_mismatch
+from kimi_rl.learner.controllers import Controllers
+from kimi_rl.learner.ptx import PTXStream
+from kimi_rl.learner.stage import CheckpointNames, StageContext
+from kimi_rl.mismatch import Mismatch, MismatchBar, measure_mismatch
 from kimi_rl.model.load_save import load_model
-from kimi_rl.objective import k15_loss
+from kimi_rl.objective import drift_kl, k15_loss, ptx_loss
 from kimi_rl.recipe import RLVRStage
-from kimi_rl.rewards import Verdict
-from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.rewards.shaping import k15_length_rewards
+from kimi_rl.rollout.batches import RolloutBatch, RolloutQueue
+from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.seeds import derive_seed
 
 STATUSES = ("correct", "wrong", "no_answer", "unparseable_gold", "timeout", "crashed")
 
+_DRIFT_SAMPLES = 16  # completions on which a step's movement of the policy is measured
+_PROBE_PROMPTS = 8  # completions drawn to compare engine and trainer where a batch has no fresh tokens
+_PROBE_TOKENS = 64
 
-class PromptOrder(Sampler):
-    """Row numbers for a whole run: each step's prompts, each repeated `group_size` times, once per micro-batch fetch.
 
-    The order is a function of the seed and of the step, so skipping to step n after a restart gives what the
-    uninterrupted run had there. TRL fetches the same rollout batch once per micro-batch and keeps its completions.
-    """
+class Placeholders(Sampler):
+    """What the trainer's data loader walks over: row 0, as often as it asks. The rows come from the rollout queue."""
 
-    def __init__(self, rows: int, *, prompts_per_step: int, group_size: int, fetches: int, steps: int, seed: int):
-        self.rows, self.prompts, self.group = rows, prompts_per_step, group_size
-        self.fetches, self.steps, self.seed = fetches, steps, seed
+    def __init__(self, length: int):
+        self._length = length
 
     def __len__(self) -> int:
-        return self.steps * self.fetches * self.prompts * self.group
+        return self._length
 
-    def _stream(self) -> Iterator[int]:
-        epoch = 0
-        while True:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "prompt order", epoch))
-            yield from torch.randperm(self.rows, generator=generator).tolist()
-            epoch += 1
-
-    def __iter__(self) -> Iterator[int]:
-        stream = self._stream()
-        for _ in range(self.steps):
-            batch = [row for row in (next(stream) for _ in range(self.prompts)) for _ in range(self.group)]
-            for _ in range(self.fetches):
-                yield from batch
+    def __iter__(self):
+        return iter([0] * self._length)
 
 
 class VerifiedReward:
-    """TRL reward function: one verdict a completion. Keeps the last batch's verdicts for metrics and records.
+    """TRL reward function that hands over the rewards of the batch at hand; the verdicts were passed before.
 
     A completion whose gold answer cannot be parsed gets no reward at all (None), so that it leaves the batch instead
     of being scored 0.
@@ -66,27 +56,61 @@ class VerifiedReward:
 
     __name__ = "verified"
 
-    def __init__(self, context: StageContext):
-        self._context = context
-        self.verdicts: list[Verdict] = []
+    def __init__(self):
+        self.values: list[float | None] = []
 
-    def __call__(self, completions: list, answer: list[str], **_: Any) -> list[float | None]:
-        texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
-        self.verdicts = self._context.verify(list(zip(texts, answer, strict=True)))
-        return [verdict.value for verdict in self.verdicts]
+    def __call__(self, completions: list, **_: Any) -> list[float | None]:
+        return self.values
+
+
+def length_reward_weight(stage: RLVRStage, step: int) -> float:
+    """Weight of the length reward at `step` (from 1): 0 during the warm-up, then growing over as many steps again."""
+    if stage.length_reward is None:
+        return 0.0
+    warmup = stage.length_reward.warmup_steps
+    grown = 1.0 if warmup == 0 else min(1.0, max(0.0, (step - warmup) / warmup))
+    return stage.length_reward.weight * grown
+
+
+def shaped_rewards(batch: RolloutBatch, weight: float) -> list[float | None]:
+    """The verdicts' values, plus `weight` times K1.5's length reward within each group."""
+    rewards = []
+    for group in batch.groups:
+        correct = [verdict.status == "correct" for verdict in group.verdicts]
+        lengths = k15_length_rewards([len(c.token_ids) for c in group.completions], correct)
+        for verdict, length in zip(group.verdicts, lengths, strict=True):
+            rewards.append(None if verdict.value is None else verdict.value + weight * length)
+    return rewards
 
 
 class RLVRLearner(CheckpointNames, GRPOTrainer):
-    """`trl.GRPOTrainer` with rollouts from a `RolloutPool`, verified weight sync, and the mismatch gate."""
+    """`trl.GRPOTrainer` with rollouts from a `RolloutQueue`, verified weight sync, and the mismatch gate.
 
-    def __init__(self, *, context: StageContext, args: GRPOConfig, reward: VerifiedReward, **kwargs: Any):
+    One step of the trainer is one rollout batch: `state.global_step` counts batches trained on and is the policy
+    version. The optimizer steps within it are taken here (see `training_step`).
+    """
+
+    def __init__(
+        self,
+        *,
+        context: StageContext,
+        args: GRPOConfig,
+        queue: RolloutQueue,
+        ptx: PTXStream | None = None,
+        **kwargs: Any,
+    ):
         self.context = context
         self.rlvr: RLVRStage = context.stage
-        self.reward = reward
+        self.queue = queue
+        self.ptx = ptx
+        self.controllers = Controllers(self.rlvr)
+        self.optimizer_steps = 0  # of this stage
         self.bar = MismatchBar(self.rlvr.mismatch.max_kl, self.rlvr.mismatch.patience)
         self.step_values: dict[str, Any] = {}
-        self._completions: list[Completion] = []
-        super().__init__(args=args, reward_funcs=reward, **kwargs)
+        self._batch: RolloutBatch | None = None
+        self._reward = VerifiedReward()
+        self._busy_before: tuple[float, float] | None = None
+        super().__init__(args=args, reward_funcs=self._reward, **kwargs)
         # TRL corrects the importance of tokens drawn by another engine only when it believes that engine to be its own
         # vLLM client. Ours is the rollout pool: `_generate_single_turn` below is the only place TRL would use it.
         self.use_vllm = True
@@ -107,95 +131,237 @@ class RLVRLearner(CheckpointNames, GRPOTrainer):
         self.beta = self.rlvr.beta
 
     def _get_train_sampler(self, dataset=None) -> Sampler:
-        return PromptOrder(
-            len(dataset if dataset is not None else self.train_dataset),
-            prompts_per_step=self.rlvr.prompts_per_step,
-            group_size=self.rlvr.group_size,
-            fetches=self.args.steps_per_generation,
-            steps=self.rlvr.steps,
-            seed=self.context.recipe.seed,
-        )
+        return Placeholders(self.rlvr.steps * self.args.steps_per_generation * self.rlvr.completions_per_step)
 
     # --- rollouts ---------------------------------------------------------------------------------------------
 
     @property
     def rollout_step(self) -> int:
         """Number of the current rollout batch, from 1."""
-        return self.state.global_step // self.rlvr.updates_per_step + 1
+        return self.state.global_step + 1
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Ask the rollout workers. Returns token ids and sampling log-probs, one list per prompt."""
-        rollout, version = self.rlvr.rollout, self.state.global_step
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        step, version = self.rollout_step, self.state.global_step
         sync_s = self.context.sync(version)
-        start = time.perf_counter()
-        requests = [
-            Request(ids, derive_seed(self.context.recipe.seed, self.rlvr.name, self.rollout_step, i))
-            for i, ids in enumerate(prompt_ids)
-        ]
-        self._completions = self.context.pool.generate(
-            requests, SamplingParams(rollout.max_tokens, rollout.temperature, rollout.top_p)
-        )
-        tokens = sum(len(c.token_ids) for c in self._completions)
-        rollout_s = time.perf_counter() - start
+        batch, wait_s = self.queue.take(step)
+        self._batch = batch
+        weight = length_reward_weight(self.rlvr, step)
+        self._reward.values = shaped_rewards(batch, weight)
+        if self.rlvr.beta > 0 and self.rlvr.loss_type != "k15":
+            self.beta = self.controllers.kl_coefficient
+        output = super()._generate_and_score_completions(batch.rows)
+        staleness = [version - v for c in batch.completions for v in c.token_versions()]
         self.step_values = {
             "policy_version": version,
             "sync_s": sync_s,
-            "rollout_s": rollout_s,
-            "rollout_tokens": tokens,
-            "rollout_tokens_per_s": tokens / rollout_s,
-            "batch_tokens": tokens + sum(len(c) for c in prompt_ids),
+            "wait_s": wait_s,
+            "rollout_s": batch.generate_s,
+            "verify_s": batch.verify_s,
+            "rollout_tokens": batch.tokens,
+            "rollout_tokens_per_s": batch.tokens / batch.generate_s,
+            "batch_tokens": int(output["prompt_mask"].sum() + output["completion_mask"].sum()),
+            "updates": self.controllers.updates,
+            "kl_coefficient": self.controllers.kl_coefficient,
+            "staleness_mean": sum(staleness) / max(1, len(staleness)),
+            "staleness_max": max(staleness, default=0),
+            "staleness_tokens": {str(age): count for age, count in sorted(Counter(staleness).items())},
+            "effective_share": (output["advantages"] != 0).double().mean().item(),
+            "worker_idle_share": self._idle_share(),
+            **self._verdict_values(batch),
+            **self._mismatch_values(output, batch),
         }
-        return [c.token_ids for c in self._completions], [c.logprobs for c in self._completions]
+        if self.rlvr.length_reward is not None:
+            self.step_values["length_reward_weight"] = weight
+        if self.rlvr.dynamic_sampling is not None:
+            self.step_values |= {
+                "sampling_rounds": batch.rounds,
+                "sampling_groups": len(batch.seen),
+                "sampling_replaced_right": batch.replaced_right,
+                "sampling_replaced_wrong": batch.replaced_wrong,
+            }
+        self._write_rollouts(batch, output["advantages"].tolist())
+        return output
 
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        mismatch = measure_mismatch(
-            output["old_per_token_logps"],
-            output["sampling_per_token_logps"],
-            output["completion_mask"],
-            self.rlvr.importance_sampling.cap,
-        )
-        verdicts = self.reward.verdicts
-        counts = Counter(v.status for v in verdicts)
-        scored = [v.value for v in verdicts if v.value is not None]
-        self.step_values |= {
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """What TRL takes for generation: the batch's token ids and sampling log-probs, one list per prompt."""
+        completions = self._batch.completions
+        return [c.token_ids for c in completions], [c.logprobs for c in completions]
+
+    def _verdict_values(self, batch: RolloutBatch) -> dict[str, float]:
+        counts = Counter(v.status for v in batch.verdicts)
+        scored = [v.value for v in batch.verdicts if v.value is not None]
+        return {
+            "accuracy": sum(scored) / len(scored) if scored else 0.0,
+            **{f"verdict_{status}": counts[status] for status in STATUSES},
+        }
+
+    def _idle_share(self) -> float | None:
+        """Share of the workers' time since the last batch in which they generated nothing."""
+        now, (busy, workers) = time.perf_counter(), self.context.pool.busy_seconds()
+        before, self._busy_before = self._busy_before, (now, busy)
+        if before is None or now <= before[0]:
+            return None
+        return min(1.0, max(0.0, 1.0 - (busy - before[1]) / (workers * (now - before[0]))))
+
+    # --- mismatch ---------------------------------------------------------------------------------------------
+
+    def _mismatch_values(self, output: dict[str, Any], batch: RolloutBatch) -> dict[str, float]:
+        """Trainer against engine, on tokens that the trainer's own version drew: older ones differ for good reason."""
+        trainer, engine = output["old_per_token_logps"], output["sampling_per_token_logps"]
+        mask = output["completion_mask"]
+        cap = self.rlvr.importance_sampling.cap
+        fresh = torch.zeros_like(mask)
+        for row, completion in enumerate(batch.completions):
+            versions = torch.tensor(completion.token_versions(), device=mask.device)
+            fresh[row, : len(versions)] = (versions == self.state.global_step).to(mask.dtype)
+        whole = measure_mismatch(trainer, engine, mask, cap)
+        values: dict[str, float] = {"is_truncated_share": whole.truncated_share}
+        if self.rlvr.max_staleness:
+            values["off_policy_kl"] = whole.kl
+        if bool((fresh * mask).any()):
+            mismatch = measure_mismatch(trainer, engine, mask * fresh, cap)
+        elif (self.rollout_step - 1) % self.rlvr.mismatch.probe_every == 0:
+            mismatch = self._probe(batch)
+        else:
+            return values
+        self.bar.check(mismatch, self.rollout_step)
+        return values | {
             "mismatch_kl": mismatch.kl,
             "mismatch_mean_abs": mismatch.mean_abs,
             "mismatch_max_abs": mismatch.max_abs,
             "mismatch_ratio_p01": mismatch.ratio_p01,
             "mismatch_ratio_p99": mismatch.ratio_p99,
-            "is_truncated_share": mismatch.truncated_share,
-            "accuracy": sum(scored) / len(scored) if scored else 0.0,
-            **{f"verdict_{status}": counts[status] for status in STATUSES},
         }
-        self._write_rollouts(inputs, output["advantages"].tolist())
-        self.bar.check(mismatch, self.rollout_step)
-        return output
+
+    def _probe(self, batch: RolloutBatch) -> Mismatch:
+        """A few completions drawn for nothing but this comparison, with the version that the trainer holds."""
+        rollout = self.rlvr.rollout
+        params = SamplingParams(min(rollout.max_tokens, _PROBE_TOKENS), rollout.temperature, rollout.top_p)
+        requests = [
+            Request(self.context.prompt_ids(row["prompt"]), derive_seed("probe", self.rollout_step, i))
+            for i, row in enumerate(batch.rows[:: self.rlvr.group_size][:_PROBE_PROMPTS])
+        ]
+        completions = self.context.pool.generate(requests, params)
+        total = max(len(r.prompt_ids) for r in requests)
+        longest = max(len(c.token_ids) for c in completions)
+        device = self.accelerator.device
+        ids = torch.full((len(requests), total + longest), self.processing_class.pad_token_id, device=device)
+        mask = torch.zeros_like(ids)
+        engine = torch.zeros((len(requests), longest), device=device)
+        for row, (request, completion) in enumerate(zip(requests, completions, strict=True)):
+            start, count = total - len(request.prompt_ids), len(completion.token_ids)
+            ids[row, start : total + count] = torch.tensor([*request.prompt_ids, *completion.token_ids], device=device)
+            mask[row, start : total + count] = 1
+            engine[row, :count] = torch.tensor(completion.logprobs, device=device)
+        with torch.no_grad():
+            trainer, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, longest)
+        return measure_mismatch(trainer, engine, mask[:, total:], self.rlvr.importance_sampling.cap)
+
+    # --- the update -------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One micro-batch; at the end of each of the batch's `updates` parts but the last, an optimizer step.
+
+        The last part's step is the trainer's own, which also moves the schedule on: it counts rollout batches.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        parts, micro_batches = self.controllers.updates, self.args.steps_per_generation
+        done = (self._step - 1) % micro_batches + 1
+        if done < micro_batches and done % (micro_batches // parts) == 0:
+            self._optimizer_step(model)
+        if done % (micro_batches // parts) == 0:
+            self.optimizer_steps += 1
+        return loss
+
+    def _optimizer_step(self, model) -> None:
+        # accelerate leaves the optimizer alone while it believes gradients to be accumulating.
+        gradients = self.accelerator.gradient_state
+        before = gradients.sync_gradients
+        gradients._set_sync_gradients(True)
+        if self.args.max_grad_norm:
+            self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        self.optimizer.step()
+        model.zero_grad()
+        gradients._set_sync_gradients(before)
 
     def _compute_loss(self, model, inputs):
-        """TRL's loss, or K1.5's where the recipe says so."""
-        if self.rlvr.loss_type != "k15":
-            return super()._compute_loss(model, inputs)
+        """TRL's loss, or K1.5's where the recipe says so; plus the supervised term, once per optimizer step."""
+        policy = self._k15_loss(model, inputs) if self.rlvr.loss_type == "k15" else super()._compute_loss(model, inputs)
+        # TRL averages over all micro-batches of a rollout batch; an optimizer step averages over those of its part.
+        loss = policy * self.controllers.updates
+        part = self.args.steps_per_generation // self.controllers.updates
+        if self.ptx is not None and self._step % part == 0:
+            loss = loss + self.rlvr.ptx.weight * self._ptx_loss(model)
+        return loss
+
+    def _k15_loss(self, model, inputs):
         mask = inputs["completion_mask"]
-        logps, entropies, _ = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),
-            torch.cat([inputs["prompt_mask"], mask], dim=1),
-            mask.size(1),
-            compute_entropy=True,
-        )
+        logps, entropies, _ = self._logps(model, inputs, compute_entropy=True)
         loss = k15_loss(
             logps,
             inputs["old_per_token_logps"],
             mask,
             inputs["advantages"],
-            tau=self.rlvr.tau,
+            tau=self.controllers.kl_coefficient,
             weights=inputs["importance_sampling_ratio"],
         )
         self._metrics["train"]["entropy"].append(((entropies * mask).sum() / mask.sum()).item())
         return loss / self.current_gradient_accumulation_steps
 
-    def _write_rollouts(self, inputs: list[dict[str, Any]], advantages: list[float]) -> None:
+    def _logps(self, model, inputs, **kwargs: Any):
+        mask = inputs["completion_mask"]
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+        whole = torch.cat([inputs["prompt_mask"], mask], dim=1)
+        return self._get_per_token_logps_and_entropies(model, ids, whole, mask.size(1), **kwargs)
+
+    def _ptx_loss(self, model) -> torch.Tensor:
+        device = self.accelerator.device
+        batch = {name: value.to(device) for name, value in self.ptx.batch(self.optimizer_steps).items()}
+        labels = batch.pop("labels")
+        with self.accelerator.autocast():
+            logits = model(**batch, use_cache=False).logits
+        loss = ptx_loss(logits, labels)
+        self._metrics["train"]["ptx_loss"].append(loss.item())
+        return loss
+
+    # --- after the update -------------------------------------------------------------------------------------
+
+    def end_step(self) -> None:
+        """Let the controllers see what the step did. Called after the batch's last optimizer step, before logging."""
+
+        def mean(name: str) -> float:
+            values = self._metrics["train"].get(name, [])
+            return sum(values) / len(values) if values else float("nan")
+
+        drift = self._measure_drift() if self.controllers.needs_drift else float("nan")
+        changes = self.controllers.step(drift=drift, reference_kl=mean("kl"), entropy=mean("entropy"))
+        if self.controllers.needs_drift:
+            self.step_values["drift_kl"] = drift
+        if changes:
+            self.step_values["controller_changes"] = changes
+
+    def _measure_drift(self) -> float:
+        rows = {name: value[:_DRIFT_SAMPLES] for name, value in self._buffered_inputs[0].items() if value.dim()}
+        with torch.no_grad():
+            new, _, _ = self._logps(self.model, rows)
+        return drift_kl(rows["old_per_token_logps"], new, rows["completion_mask"])
+
+    def rollout_state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside model, optimizer and scheduler."""
+        return {
+            "queue": self.queue.state(),
+            "controllers": self.controllers.state(),
+            "optimizer_steps": self.optimizer_steps,
+            "bad_mismatch_steps": self.bar.bad_steps,
+        }
+
+    def load_rollout_state(self, state: dict[str, Any]) -> None:
+        self.queue.load(state["queue"])
+        self.controllers.load(state["controllers"])
+        self.optimizer_steps = state["optimizer_steps"]
+        self.bar.bad_steps = state["bad_mismatch_steps"]
+
+    def _write_rollouts(self, batch: RolloutBatch, advantages: list[float]) -> None:
         rows = [
             {
                 "id": row["id"],
@@ -206,102 +372,15 @@ class RLVRLearner(CheckpointNames, GRPOTrainer):
                 "parsed": verdict.parsed,
                 "status": verdict.status,
                 "reason": verdict.reason,
-                "reward": verdict.value,
+                "reward": reward,
                 "advantage": advantages[i],
                 "tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
                 "policy_version": completion.policy_version,
                 "logprob_sum": sum(completion.logprobs),
             }
-            for i, (row, completion, verdict) in enumerate(
-                zip(inputs, self._completions, self.reward.verdicts, strict=True)
+            for i, (row, completion, verdict, reward) in enumerate(
+                zip(batch.rows, batch.completions, batch.verdicts, self._reward.values, strict=True)
             )
         ]
         self.context.run_dir.write_rollouts(self.rlvr.name, self.rollout_step, rows)
-
-
-def run_rlvr(context: StageContext) -> None:
-    """Train, writing metrics, rollouts and checkpoints. On return the context's model holds the final weights."""
-    stage: RLVRStage = context.stage
-    updates, micro = stage.updates_per_step, stage.micro_batch
-    checkpoint = context.prepare_resume(updates_per_step=updates)
-    if checkpoint is None:
-        context.evaluate(0, 0, "before")
-    on_gpu = context.job.device != "cpu"
-    args = GRPOConfig(
-        output_dir=str(context.folder / "checkpoints"),
-        max_steps=stage.steps * updates,
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=stage.completions_per_update // micro,
-        steps_per_generation=stage.completions_per_step // micro,
-        num_generations=stage.group_size,
-        max_completion_length=stage.rollout.max_tokens,
-        temperature=stage.rollout.temperature,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        warmup_steps=stage.warmup_steps * updates,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
-        loss_type="grpo" if stage.loss_type == "k15" else stage.loss_type,  # k15: RLVRLearner._compute_loss
-        scale_rewards=stage.scale_rewards,
-        epsilon=stage.epsilon,
-        epsilon_high=stage.epsilon_high,
-        beta=0.0,  # set by RLVRLearner, with a reference model of our own class
-        mask_truncated_completions=stage.mask_truncated,
-        vllm_importance_sampling_mode=stage.importance_sampling.mode,
-        vllm_importance_sampling_clip_max=stage.importance_sampling.cap,
-        # Both sides run the head in fp32 (see `vllm_engine`): in bf16 it is a large part of the mismatch.
-        cast_lm_head_to_fp32=on_gpu,
-        gradient_checkpointing=False,
-        remove_unused_columns=False,
-        logging_steps=updates,
-        save_steps=stage.checkpoint_every * updates,
-        save_total_limit=2,
-        seed=context.recipe.seed,
-        report_to=context.recipe.report_to or "none",
-        use_cpu=not on_gpu,
-        bf16=on_gpu and context.recipe.precision != "fp32",
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
-    )
-    reward = VerifiedReward(context)
-    clock = {"last": time.perf_counter()}
-
-    def make_row(logs: dict) -> dict:
-        now = time.perf_counter()
-        step_s, clock["last"] = now - clock["last"], now
-        values = dict(trainer.step_values)
-        generated = values.pop("rollout_tokens", 0)
-        tokens = values.pop("batch_tokens", 0)
-        learner_s = max(step_s - values.get("sync_s", 0.0) - values.get("rollout_s", 0.0), 1e-9)
-        return {
-            "reward": logs.get("reward"),
-            "loss": logs["loss"],
-            "grad_norm": logs.get("grad_norm"),
-            "learning_rate": logs.get("learning_rate"),
-            "entropy": logs.get("entropy"),
-            "kl": logs.get("kl"),
-            "completion_length": logs.get("completions/mean_length"),
-            "truncated_share": logs.get("completions/clipped_ratio"),
-            "zero_std_share": logs.get("frac_reward_zero_std"),
-            "clip_share": logs.get("clip_ratio/region_mean"),
-            "is_ratio_mean": logs.get("sampling/importance_sampling_ratio/mean"),
-            "step_s": step_s,
-            "learner_s": learner_s,
-            "tokens_per_s": generated / step_s if step_s > 0 else None,
-            "learner_tokens_per_s": tokens / learner_s,
-            "workers_restarted": context.pool.restarts,
-            **values,
-        }
-
-    trainer = RLVRLearner(
-        context=context,
-        args=args,
-        reward=reward,
-        model=context.model,
-        train_dataset=context.problems.train,
-        processing_class=context.tokenizer,
-        callbacks=[RecordCallback(context, make_row, updates)],
-    )
-    clock["last"] = time.perf_counter()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -44,7 +44,7 @@ def run_sft(context: StageContext) -> None:
     """Train, writing metrics and checkpoints. On return the context's model holds the final weights."""
     stage: SFTStage = context.stage
     micro = stage.micro_batch_size or stage.batch_size
-    checkpoint = context.prepare_resume(updates_per_step=1)
+    checkpoint = context.prepare_resume()
     if checkpoint is None:
         context.evaluate(0, 0, "before")
     on_gpu = context.job.device != "cpu"

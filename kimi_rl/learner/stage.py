@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from kimi_rl.seeds import derive_seed
 log = logging.getLogger(__name__)
 
 COMPLETE_MARK = "complete.json"
+ROLLOUT_STATE = "rollout_state.json"  # beside a checkpoint of an RLVR stage
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class StageContext:
         self.folder = self.run_dir.stage_dir(job.index, self.stage.name)
         self.model = load_model(job.start_model, dtype=torch.float32, device=job.device)
         self.tokenizer = load_tokenizer(job.start_model)
-        self.problems = load_problems(self.recipe.data)
+        self.problems = load_problems(self.stage.data or self.recipe.data)
         self.held_out_ids = [self.prompt_ids(row) for row in self.problems.held_out["prompt"]]
         self.held_out_golds = list(self.problems.held_out["answer"])
         reward = self.recipe.reward
@@ -96,11 +97,12 @@ class StageContext:
     # --- weights and evaluation -------------------------------------------------------------------------------
 
     def sync(self, version: int) -> float:
-        """Bring the workers to `version` (the number of optimizer steps taken); returns the seconds it took."""
+        """Bring the workers to `version` (the number of steps trained); returns the seconds that the caller waited."""
         if self.pool.version == version:
             return 0.0
         start = time.perf_counter()
-        self.pool.update_weights(to_checkpoint(self.model), version)
+        update = self.pool.publish if getattr(self.stage, "overlapped", False) else self.pool.update_weights
+        update(to_checkpoint(self.model), version)
         return time.perf_counter() - start
 
     def evaluate(self, step: int, version: int, when: str) -> Evaluation:
@@ -145,10 +147,10 @@ class StageContext:
         found = [p.parent for p in self.folder.glob(f"checkpoints/checkpoint-*/{COMPLETE_MARK}")]
         return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
-    def prepare_resume(self, updates_per_step: int) -> Path | None:
+    def prepare_resume(self) -> Path | None:
         """Where to go on from. Drops what was recorded after that point, so that every step appears once."""
         checkpoint = self.last_checkpoint() if self.job.resume else None
-        step = int(checkpoint.name.rsplit("-", 1)[1]) // updates_per_step if checkpoint else -1
+        step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1
         self.run_dir.truncate_metrics(self.stage.name, step)
         self.run_dir.truncate_rollouts(self.stage.name, step)
         for folder in self.folder.glob("checkpoints/checkpoint-*"):
@@ -167,26 +169,38 @@ class StageContext:
 
 
 class RecordCallback(TrainerCallback):
-    """Writes metrics, marks whole checkpoints, and evaluates on schedule."""
+    """Writes metrics, marks whole checkpoints, and evaluates on schedule.
 
-    def __init__(self, context: StageContext, make_row, updates_per_step: int = 1):
+    `make_row` turns what the trainer logs into a row of metrics; `end_step` runs after the last optimizer step of a
+    step; `state` gives what a checkpoint must hold beside what the trainer saves.
+    """
+
+    def __init__(
+        self,
+        context: StageContext,
+        make_row: Callable[[dict], dict] | None = None,
+        end_step: Callable[[], None] | None = None,
+        state: Callable[[], dict] | None = None,
+    ):
         self._context = context
-        self._make_row = make_row
-        self._updates = updates_per_step
+        self.make_row, self.end_step, self.state = make_row, end_step, state
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:  # the closing summary of a training has no per-step loss
-            self._context.record("train", state.global_step // self._updates, **self._make_row(logs))
+            self._context.record("train", state.global_step, **self.make_row(logs))
 
     def on_step_end(self, args, state, control, **kwargs):
-        every = self._context.stage.eval.every * self._updates
+        if self.end_step is not None:
+            self.end_step()
+        every = self._context.stage.eval.every
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
-            self._context.evaluate(state.global_step // self._updates, state.global_step, "during")
+            self._context.evaluate(state.global_step, state.global_step, "during")
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        mark = folder / COMPLETE_MARK
-        mark.write_text(json.dumps({"optimizer_steps": state.global_step, "policy_version": state.global_step}))
+        if self.state is not None:
+            (folder / ROLLOUT_STATE).write_text(json.dumps(self.state()))
+        (folder / COMPLETE_MARK).write_text(json.dumps({"policy_version": state.global_step}))
 
 
 class CheckpointNames:

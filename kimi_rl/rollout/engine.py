@@ -34,13 +34,20 @@ class Completion:
 
     `token_ids` holds the sampled tokens, the stop token included when `finish_reason` is "stop". `logprobs` holds,
     for each of them, the natural log of the probability it was drawn with: after temperature and top-p.
-    `policy_version` is the version of the weights that drew every token.
+    `policy_version` is the version of the weights that drew the tokens: the oldest one, if the completion was gone on
+    with after an update. Then `segments` holds (version, number of tokens) in order; else it is empty.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: FinishReason
     policy_version: int
+    segments: tuple[tuple[int, int], ...] = ()
+
+    def token_versions(self) -> list[int]:
+        """The policy version that drew each token."""
+        segments = self.segments or ((self.policy_version, len(self.token_ids)),)
+        return [version for version, count in segments for _ in range(count)]
 
 
 class RolloutEngine(Protocol):
