@@ -64,6 +64,23 @@ class Stub:
         pass
 
 
+class Counts(Stub):
+    """Goes on counting from the last token of the prompt, one token every `delay` seconds, up to `last`."""
+
+    def generate(self, requests, params):
+        if self.refusing:
+            raise RuntimeError("incomplete weight update")
+        time.sleep(self.arguments["delay"] * params.max_tokens)
+        logprob, last = float(self.held["a"][0]), self.arguments["last"]
+        answers = []
+        for request in requests:
+            first = request.prompt_ids[-1] + 1
+            tokens = list(range(first, min(first + params.max_tokens, last + 1)))
+            reason = "stop" if tokens[-1] == last else "length"
+            answers.append(Completion(tokens, [logprob] * len(tokens), reason, self.policy_version))
+        return answers
+
+
 class Hangs(Stub):
     def generate(self, requests, params):
         if self.strikes():

@@ -79,9 +79,8 @@ def test_ipc_carries_every_version_to_two_other_processes(ray_gpu):
 def small_model(tmp_path_factory):
     """vLLM's MLA kernels on a card take the released model's head sizes, which presets from `small` on have."""
     tokenizer = build_tokenizer(TokenizerSection(), [])
-    return save_model(
-        create_model(ModelSection(size="small"), tokenizer, seed=7), tokenizer, tmp_path_factory.mktemp("small") / "model"
-    )
+    folder = tmp_path_factory.mktemp("small") / "model"
+    return save_model(create_model(ModelSection(size="small"), tokenizer, seed=7), tokenizer, folder)
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
