@@ -27,7 +27,11 @@ SMALL = {
          "rollout": {"engine": "transformers", "max_tokens": 16}},
         {"kind": "rlvr", "steps": 6, "prompts_per_step": 4, "group_size": 4, "learning_rate": 1.0e-3,
          "checkpoint_every": 2, "scale_rewards": "none",
-         "rollout": {"engine": "transformers", "max_tokens": 16}},
+         "rollout": {"engine": "transformers", "max_tokens": 16},
+         # All that has a state which a resume must bring back.
+         "loss_type": "k15", "tau": 0.2, "prompt_order": "prioritized", "dynamic_sampling": {"max_rounds": 1},
+         "updates_per_step": 2, "micro_batch_size": 4, "ptx": {"batch_size": 4},
+         "update_control": {"max": 4, "calm_steps": 2, "max_kl": 10.0}, "kl_control": {"target": 0.01}},
     ],
 }  # fmt: skip
 

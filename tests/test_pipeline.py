@@ -38,7 +38,8 @@ def undisturbed(tmp_path_factory):
 
 
 def assert_same_training(out: Path, other: Path) -> None:
-    keep = ("stage", "step", "loss", "reward", "accuracy", "completion_length", "held_out_accuracy", "grad_norm")
+    keep = ("stage", "step", "loss", "reward", "accuracy", "completion_length", "held_out_accuracy", "grad_norm",
+            "updates", "kl_coefficient", "ptx_loss", "sampling_groups", "controller_changes")
     rows, others = (
         [{k: row.get(k) for k in keep} for row in metrics(path) if row["type"] != "note"] for path in (out, other)
     )

@@ -118,3 +118,56 @@ def test_several_updates_and_micro_batches_per_step(step):
 def test_the_mismatch_gate_stops_the_run(step):
     with pytest.raises(RunError, match="mismatch.max_kl"):
         step(shift=1.0, steps=5, mismatch={"max_kl": 0.01, "patience": 2})
+
+
+TIMES = ("_s", "_per_s", "idle_share", "time", "steps_total")
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if not k.endswith(TIMES)} for row in rows]
+
+
+def test_overlapped_code_without_staleness_is_the_plain_loop(step):
+    settings = dict(loss_type="k15", steps=3, learning_rate=1e-3, prompt_order="prioritized")
+    plain = step(**settings)
+    overlapped = step(**settings, overlap="on")
+    assert len(plain) == 3 and plain[2]["grad_norm"] > 0
+    assert without_times(plain) == without_times(overlapped), "bit-equal metrics"
+
+
+def test_rollouts_ahead_stay_within_their_staleness(step):
+    rows = step(
+        steps=5, learning_rate=1e-3, max_staleness=2, mismatch={"max_kl": 1e-6, "probe_every": 2},
+        rollout={"engine": "transformers", "max_tokens": 8, "slice_tokens": 3},
+    )  # fmt: skip
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert all(0 <= row["staleness_max"] <= min(2, row["step"] - 1) for row in rows)
+    assert sum(row["staleness_tokens"].get("0", 0) for row in rows[:1]) > 0
+    assert rows[-1]["staleness_max"] >= 1
+    # Where no token is fresh, a probe compares engine and trainer: they agree, although the old tokens do not.
+    assert all("mismatch_kl" in row for row in rows if row["step"] % 2)
+    assert all(row["mismatch_max_abs"] < 1e-4 for row in rows if "mismatch_kl" in row)
+    assert rows[-1]["off_policy_kl"] > 1e-6
+
+
+def test_the_supervised_term(step):
+    (plain,) = step(loss_type="k15")
+    (small,) = step(loss_type="k15", ptx={"weight": 1e-9, "batch_size": 4})
+    (large,) = step(loss_type="k15", ptx={"weight": 10.0, "batch_size": 4})
+    # A random model spreads its guesses over the vocabulary of 256 bytes and a few special tokens.
+    assert small["ptx_loss"] == large["ptx_loss"] == pytest.approx(math.log(260), rel=0.05)
+    assert small["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
+    assert large["grad_norm"] > 2 * plain["grad_norm"]
+
+
+def test_controllers_change_what_the_learner_does(step):
+    rows = step(
+        loss_type="k15", tau=0.5, steps=4, learning_rate=1e-3, updates_per_step=1, micro_batch_size=2,
+        update_control={"max": 4, "calm_steps": 1, "max_kl": 1e3, "min_entropy": 0.0},
+        kl_control={"target": 100.0, "rate": 0.5},
+    )  # fmt: skip
+    assert [row["updates"] for row in rows] == [1, 2, 4, 4], "calm: doubled up to the bound"
+    assert [row["kl_coefficient"] for row in rows] == [0.5, 0.25, 0.125, 0.0625], "too little movement: less penalty"
+    assert all(row["drift_kl"] > 0 for row in rows)
+    assert "updates per step 1 -> 2: 1 calm steps" in rows[0]["controller_changes"]
+    assert "tau 0.5 -> 0.25: KL" in rows[0]["controller_changes"][0]
