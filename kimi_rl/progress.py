@@ -26,6 +26,8 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "completion_length": ("length", lambda v: f"{v:.0f}"),
     "tokens_per_s": ("tokens/s", lambda v: f"{v:,.0f}"),
     "mismatch_kl": ("mismatch KL", lambda v: f"{v:.1e}"),
+    "staleness_max": ("staleness", lambda v: f"{v:.0f}" if v else ""),
+    "worker_idle_share": ("workers idle", lambda v: f"{v:.0%}"),
 }
 _WINDOW = 20  # steps whose duration the remaining time is estimated from
 
@@ -148,7 +150,8 @@ class ProgressView:
 
 def figures(row: dict[str, Any]) -> list[tuple[str, str]]:
     """The figures of a train row as (name, text), those that it has."""
-    return [(name, show(row[key])) for key, (name, show) in _FIGURES.items() if row.get(key) is not None]
+    shown = [(name, show(row[key])) for key, (name, show) in _FIGURES.items() if row.get(key) is not None]
+    return [(name, text) for name, text in shown if text]
 
 
 def held_out_text(row: dict[str, Any]) -> str | None:

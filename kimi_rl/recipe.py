@@ -237,7 +237,7 @@ class RLVRStage(Section):
     )
     prompt_order: Literal["shuffle", "prioritized", "curriculum"] = Field(
         "shuffle",
-        description="`prioritized`: in proportion to 1 - a problem's running success rate; `curriculum`: easy ones first.",
+        description="`prioritized`: in proportion to 1 - a problem's running success; `curriculum`: easy ones first.",
     )
     curriculum_steps: Positive | None = Field(
         None, description="Steps until all problems are in; unset: half of steps."

@@ -39,7 +39,7 @@ def make(chosen: RLVRStage, verdict=lambda text, gold: True, rows=ROWS):
 
     def verify(pairs):
         marks = [verdict(text, gold) for text, gold in pairs]
-        return [Verdict(float(mark), "correct" if mark else "wrong", text, "") for mark, (text, _) in zip(marks, pairs)]
+        return [Verdict(float(mark), "correct" if mark else "wrong", None, "") for mark in marks]
 
     pool, sampler = InstantPool(), PromptSampler(len(rows), seed=0)
     tools = dict(tokenize=lambda row: row["prompt"], decode=lambda ids: f"{ids[0]}/{ids[1]}", verify=verify)
@@ -141,7 +141,8 @@ def test_length_reward_warms_up_and_prefers_short_right_answers():
     assert weights == pytest.approx([0.0, 0.0, 0.04, 0.2, 0.4, 0.4])
     assert length_reward_weight(stage(), 5) == 0.0
     completions = [Completion([1] * n, [0.0] * n, "stop", 0) for n in (2, 6, 4)]
-    verdicts = [Verdict(1.0, "correct", "", ""), Verdict(1.0, "correct", "", ""), Verdict(None, "unparseable_gold", "", "")]
+    right, unread = Verdict(1.0, "correct", "", ""), Verdict(None, "unparseable_gold", "", "")
+    verdicts = [right, right, unread]
     batch = RolloutBatch(1, [Group(0, {}, completions, verdicts)], [])
     assert shaped_rewards(batch, 0.4) == [pytest.approx(1.2), pytest.approx(0.8), None]
     assert shaped_rewards(batch, 0.0) == [1.0, 1.0, None]

@@ -37,7 +37,7 @@ def rlvr_row(step: int, **more) -> dict:
             "mismatch_ratio_p99": 1.01, "is_truncated_share": 0.0, "is_ratio_mean": 1.0,
             "verdict_correct": step, "verdict_wrong": 100 - step, "verdict_no_answer": 28,
             "verdict_timeout": 1, "verdict_crashed": 0, "zero_std_share": 0.3,
-            "tokens_per_s": 1000.0 + step, "rollout_s": 1.0, "sync_s": 0.1,
+            "tokens_per_s": 1000.0 + step, "wait_s": 1.0, "sync_s": 0.1,
             "learner_s": 0.9, "step_s": 2.0, "workers_restarted": 1, "time": time.time(), **more}  # fmt: skip
 
 
@@ -253,7 +253,7 @@ def test_stacked_charts_leave_out_what_never_happened():
     charts = stage_charts("rlvr", [rlvr_row(5)], [], {})
     assert list(traces(charts, "Verdicts")) == ["correct", "wrong", "no answer", "timeout"]
     assert {name: t["y"] for name, t in traces(charts, "Step time").items()} == {
-        "rollout": [1.0], "weight sync": [0.1], "learner": [0.9]
+        "waiting for rollouts": [1.0], "weight sync": [0.1], "learner": [0.9]
     }  # fmt: skip
     assert traces(stage_charts("sft", [sft_row(1)], [], {}), "Step time")["step"]["y"] == [0.5]
 
@@ -313,3 +313,11 @@ def test_text_summary_of_a_failed_and_of_an_empty_run(run):
         "demo: failed (seed 7, data seed 0)",
         "  the engine died",
     ]
+
+
+def test_tokens_by_age_only_where_rollouts_run_ahead():
+    assert not [c for c in stage_charts("rlvr", [rlvr_row(1, staleness_tokens={"0": 9})], [], {}) if "age" in c.title]
+    rows = [rlvr_row(1, staleness_tokens={"0": 9}), rlvr_row(2, staleness_tokens={"0": 2, "1": 7})]
+    charts = stage_charts("rlvr", rows, [], {})
+    ages = {name: trace["y"] for name, trace in traces(charts, "Tokens by age").items()}
+    assert ages == {"0 old": [9, 2], "1 old": [None, 7]}

@@ -339,6 +339,7 @@ class RLVRLearner(CheckpointNames, GRPOTrainer):
             self.step_values["drift_kl"] = drift
         if changes:
             self.step_values["controller_changes"] = changes
+            self.context.record("note", self.state.global_step, text="; ".join(changes))
 
     def _measure_drift(self) -> float:
         rows = {name: value[:_DRIFT_SAMPLES] for name, value in self._buffered_inputs[0].items() if value.dim()}

@@ -85,8 +85,39 @@ _RLVR = [
             "mismatch_ratio_p01": ("1st percentile", TEAL),
         },
     ),
-    Lines("Loss", "of the policy", {"loss": ("loss", BLUE)}, smooth=True),
-]
+    Lines("Loss", "of the policy, the supervised term included", {"loss": ("loss", BLUE)}, smooth=True),
+    Lines("Supervised (PTX) loss", "cross-entropy per token", {"ptx_loss": ("loss", GREEN)}, "nats", smooth=True),
+    Lines(
+        "Age of the tokens",
+        "how many policy versions the tokens of a step's batch are older than the learner",
+        {"staleness_mean": ("mean", BLUE), "staleness_max": ("oldest", RED)},
+        "versions",
+        from_zero=True,
+    ),
+    Lines(
+        "Off-policy KL", "learner against the older policies that drew the batch", {"off_policy_kl": ("KL k3", RED)},
+        "nats", log=True,
+    ),
+    Lines(
+        "Movement per step", "KL of the policy before a step to the one after it", {"drift_kl": ("KL", PURPLE)}, "nats",
+    ),
+    Lines("KL coefficient", "tau or beta", {"kl_coefficient": ("coefficient", PURPLE)}, from_zero=True),
+    Lines("Updates per step", "optimizer steps per rollout batch", {"updates": ("updates", TEAL)}, from_zero=True),
+    Lines(
+        "Replaced groups",
+        "dynamic sampling: groups of one reward that gave way to others, and groups completed in all",
+        {
+            "sampling_replaced_right": ("all right", GREEN),
+            "sampling_replaced_wrong": ("all wrong", RED),
+            "sampling_groups": ("completed", GREY),
+        },
+        from_zero=True,
+    ),
+    Lines(
+        "Idle workers", "share of the workers' time in which they generated nothing",
+        {"worker_idle_share": ("idle", ORANGE)}, percent=True,
+    ),
+]  # fmt: skip
 _SFT = [
     Lines("Loss", "cross-entropy per token", {"loss": ("loss", BLUE)}, "nats", smooth=True),
     Lines(
@@ -106,7 +137,7 @@ _BOTH = [
 ]  # fmt: skip
 _VERDICT_BARS = {f"verdict_{name}": (name.replace("_", " "), colour) for name, colour in VERDICTS.items()}
 _TIME_BARS = {
-    "rollout_s": ("rollout", ORANGE), "sync_s": ("weight sync", PURPLE), "learner_s": ("learner", BLUE)
+    "wait_s": ("waiting for rollouts", ORANGE), "sync_s": ("weight sync", PURPLE), "learner_s": ("learner", BLUE)
 }  # fmt: skip
 _STEP_TIME = Lines("Step time", "wall time", {"step_s": ("step", BLUE)}, "s", from_zero=True)
 
@@ -123,6 +154,7 @@ def stage_charts(kind: str, train: Sequence[Row], evals: Sequence[Row], recipe_s
     charts.insert(2, _stacked("Verdicts", "of the step's completions", _VERDICT_BARS, train, "completions"))
     split = _stacked("Step time", "where the seconds of a step go", _TIME_BARS, train, "s")
     charts.append(split or _lines(_STEP_TIME, train))
+    charts.append(_ages(train))
     return [chart for chart in charts if chart is not None]
 
 
@@ -192,6 +224,21 @@ def _stacked(
         return None
     layout = _layout({"barmode": "stack", "bargap": 0, "yaxis": {"title": {"text": axis}}})
     return Chart(title, note, {"data": traces, "layout": layout})
+
+
+def _ages(rows: Sequence[Row]) -> Chart | None:
+    """Tokens of each step's batch by age; only where some are older than the learner."""
+    counts = [{int(age): n for age, n in (row.get("staleness_tokens") or {}).items()} for row in rows]
+    ages = sorted({age for row in counts for age in row})
+    if not any(ages):
+        return None
+    colours = (BLUE, TEAL, YELLOW, ORANGE, RED)
+    columns = {f"age_{age}": (f"{age} old", colours[min(age, len(colours) - 1)]) for age in ages}
+    flat = [
+        {"step": row["step"], **{f"age_{age}": n for age, n in count.items()}}
+        for row, count in zip(rows, counts, strict=True)
+    ]
+    return _stacked("Tokens by age", "in policy versions", columns, flat, "tokens")
 
 
 def _traces(
