@@ -144,7 +144,6 @@ def trl_arguments(context: StageContext) -> GRPOConfig:
         cast_lm_head_to_fp32=on_gpu,
         gradient_checkpointing=False,
         remove_unused_columns=False,
-        ignore_data_skip=True,  # the rows come from the rollout queue
         logging_steps=1,
         save_steps=stage.checkpoint_every,
         save_total_limit=2,
