@@ -1,10 +1,10 @@
 """Chooses which implementation of a kernel runs.
 
 Every kernel folder holds a `reference` (plain recurrent PyTorch, any device), a `torch` form (fast PyTorch,
-any device) and, where it pays, an `fla` form (Triton kernels of `fla-core`, NVIDIA GPU only). The choice
-depends on the tensor's device and dtype alone, never on grad mode, so the policy, the old policy and the
-reference model of one training step always run the same arithmetic. (`kda_decode` is the exception that
-cannot be avoided: see there.)
+any device) and, where it pays, a form for NVIDIA cards: `fla` (Triton kernels of `fla-core`) or `flex` (PyTorch's
+FlexAttention). The choice depends on the tensor's device and dtype alone, never on grad mode, so the policy,
+the old policy and the reference model of one training step always run the same arithmetic. (`kda_decode` is
+the exception that cannot be avoided: see there.)
 
 `KIMI_RL_KERNELS=reference|torch|fla|auto` (default `auto`) forces a choice. The first use of each (kernel,
 choice, device) is logged once at INFO level.
@@ -33,10 +33,11 @@ def fla_installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("fla", "triton"))
 
 
-def choose(kernel: str, tensor: torch.Tensor, *, has_fla: bool) -> str:
-    """Name of the implementation of `kernel` to run on tensors like `tensor`: "reference", "torch" or "fla".
+def choose(kernel: str, tensor: torch.Tensor, *, has_fla: bool, has_flex: bool = False) -> str:
+    """Name of the implementation of `kernel` to run on tensors like `tensor`: "reference", "torch", "fla" or "flex".
 
-    `has_fla` says whether this kernel has an fla form; without one, "fla" means "torch".
+    `has_fla` says whether this kernel has an fla form; without one, "fla" means "torch". `has_flex` says whether it has
+    a FlexAttention form, which takes the place of "torch" on a GPU unless "torch" is forced.
     Raises `InputError` on an unknown value of the environment variable, or where a forced
     "fla" cannot run.
     """
@@ -57,6 +58,8 @@ def choose(kernel: str, tensor: torch.Tensor, *, has_fla: bool) -> str:
         choice = "fla" if has_fla else "torch"
     else:
         choice = forced
+    if choice == "torch" and forced != "torch" and has_flex and on_gpu and tensor.dtype != torch.float64:
+        choice = "flex"
     _log_once(kernel, choice, tensor.device.type)
     return choice
 

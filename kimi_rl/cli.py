@@ -27,9 +27,7 @@ app = typer.Typer(
     Exit codes: 0 done, 1 the run failed, 2 bad input (one line says what and where).""",
 )
 
-bench = typer.Typer(
-    no_args_is_help=True, help="Measure: parity of trainer and engine, cost of weight sync, speed of decoding."
-)
+bench = typer.Typer(no_args_is_help=True, help="Measure: trainer against engine, weight sync, decoding, the learner.")
 app.add_typer(bench, name="bench")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
@@ -391,6 +389,46 @@ def decode(
         write_csv(out / "decode.csv", panels)
         write_png(out / "decode.png", panels, "kimi-rl bench decode")
     print_json(found)
+
+
+@bench.command(epilog="Example: `kimi-rl bench learner --size base --groups 8`")
+def learner(
+    size: Annotated[str, typer.Option(help="Preset of the model: tiny, small, base, large.")] = "base",
+    arch: Annotated[str, typer.Option(help="hybrid or mla.")] = "hybrid",
+    mlp: Annotated[str, typer.Option(help="dense or moe.")] = "dense",
+    vocabulary: Annotated[int, typer.Option(min=512)] = 32768,
+    groups: Annotated[int, typer.Option(min=1, help="Prompts in the batch.")] = 8,
+    group_size: Annotated[int, typer.Option(min=2, help="Completions a prompt.")] = 16,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Completions a forward.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a prompt.")] = 100,
+    mean: Annotated[float, typer.Option(min=1, help="Mean length of a completion (log-normal).")] = 300,
+    longest: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 2048,
+    pack_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pack.")] = 16384,
+    steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps of each path.")] = 5,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Time the learner on padded batches, packed ones, and with shared prompts. Prints JSON."""
+    from kimi_rl.bench.learner import bench_learner
+
+    for name, value, known in (("arch", arch, ("hybrid", "mla")), ("mlp", mlp, ("dense", "moe"))):
+        if value not in known:
+            raise InputError(f"--{name}: found {value!r}; use one of {', '.join(known)}")
+    figures = bench_learner(
+        size=size,
+        arch=arch,
+        mlp=mlp,
+        vocabulary=vocabulary,
+        groups=groups,
+        group_size=group_size,
+        micro_batch_size=micro_batch_size,
+        prompt_tokens=prompt_tokens,
+        mean=mean,
+        longest=longest,
+        pack_tokens=pack_tokens,
+        steps=steps,
+        seed=seed,
+    )
+    print_json({"command": " ".join(["kimi-rl", *sys.argv[1:]]), **figures})
 
 
 @app.command()

@@ -269,6 +269,12 @@ class RLVRStage(Section):
         "auto", description="Rollouts in the background; `auto`: with max_staleness above 0."
     )
     mask_truncated: bool = Field(False, description="Leave completions that hit max_tokens out of the loss.")
+    packing: Literal["auto", "off", "packed", "shared_prompt"] = Field(
+        "auto",
+        description="`packed`: no padding in the learner; `shared_prompt`: nor a group's prompt run more than once; "
+        "`off`: padded batches; `auto`: `packed`. See docs/packing.md.",
+    )
+    pack_tokens: Positive = Field(16384, description="Tokens of one pack; bounds the learner's memory.")
     importance_sampling: ImportanceSampling = Field(default_factory=ImportanceSampling)
     mismatch: MismatchGate = Field(default_factory=MismatchGate)
     rollout: RolloutSection = Field(default_factory=RolloutSection)

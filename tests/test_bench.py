@@ -6,7 +6,9 @@ import pytest
 import torch
 from runs import run
 
+from kimi_rl.bench.learner import bench_learner
 from kimi_rl.bench.parity import compare
+from kimi_rl.errors import InputError
 
 
 def test_compare_reads_ragged_rows():
@@ -52,3 +54,21 @@ def test_bad_input(tmp_path, tiny_models):
     ]:
         done = run("bench", *arguments)
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_learner():
+    figures = bench_learner(
+        size="tiny", vocabulary=512, groups=2, group_size=2, micro_batch_size=2, prompt_tokens=10, mean=12, longest=40,
+        steps=1,
+    )  # fmt: skip
+    json.dumps(figures)
+    paths, shape = figures["paths"], figures["shape"]
+    assert list(paths) == ["padded", "packed", "shared_prompt"]
+    for path in paths.values():
+        assert path["grad_norm"] == pytest.approx(paths["padded"]["grad_norm"], rel=1e-3), "all paths do the same work"
+        assert path["tokens_per_s"] == pytest.approx(shape["real_tokens"] / path["step_s"])
+        assert 0 < path["mfu"] < 1 and path["memory_bytes"] > 0
+    assert shape["tokens_with_shared_prompts"] < shape["real_tokens"] < shape["padded_tokens"]
+    assert paths["packed"]["memory_bytes"] < paths["padded"]["memory_bytes"]
+    with pytest.raises(InputError, match="--micro-batch-size: 3 must divide .* = 4"):
+        bench_learner(groups=2, group_size=2, micro_batch_size=3)

@@ -128,7 +128,7 @@ def test_a_leak_in_any_part_is_seen(monkeypatch, part):
     if part == "LatentAttention":
         plain = modeling.hf.KimiLinearAttention.forward
 
-        def without_borders(self, hidden_states, attention_mask, cu_seqlens=None, **kwargs):
+        def without_borders(self, hidden_states, attention_mask, segments=None, **kwargs):
             length = hidden_states.shape[1]
             causal = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
             return plain(self, hidden_states, causal, **kwargs)

@@ -74,7 +74,7 @@ def test_truncated_importance_sampling_is_alive(step):
     assert plain["is_ratio_mean"] == pytest.approx(1.0, abs=1e-4)
     assert plain["grad_norm"] > 0
     # The engine claims tokens to be likelier by e^0.5 than the trainer says: every token weighs e^-0.5.
-    (shifted,) = step(shift=0.5)
+    (shifted,) = step(shift=0.5, packing="shared_prompt", pack_tokens=60)
     assert shifted["is_ratio_mean"] == pytest.approx(math.exp(-0.5), rel=1e-3)
     assert shifted["mismatch_mean_abs"] == pytest.approx(0.5, abs=1e-3)
     assert shifted["grad_norm"] == pytest.approx(plain["grad_norm"] * math.exp(-0.5), rel=1e-2)
@@ -83,8 +83,9 @@ def test_truncated_importance_sampling_is_alive(step):
     assert capped["is_ratio_mean"] == pytest.approx(2.0, rel=1e-6)
     assert capped["is_truncated_share"] == 1.0
     assert capped["grad_norm"] == pytest.approx(plain["grad_norm"] * 2.0, rel=1e-2)
-    # Switched off, the same shift changes nothing.
-    (off,) = step(shift=-3.0, importance_sampling={"enabled": False})
+    # Switched off, the same shift changes nothing. (Nor does it matter that this batch is padded.)
+    (off,) = step(shift=-3.0, importance_sampling={"enabled": False}, packing="off")
+    assert off["entropy"] == pytest.approx(plain["entropy"], rel=1e-4)
     assert off["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-3)
 
 
@@ -97,19 +98,19 @@ def test_losses_of_trl_are_selectable(step, loss_type):
 def test_the_k15_objective_trains(step):
     rows = step(loss_type="k15", tau=0.5, steps=2, learning_rate=1e-3)
     assert all(row["grad_norm"] > 0 and math.isfinite(row["loss"]) for row in rows)
-    # Micro-batches add up to the whole batch: the same first gradient.
-    (halves,) = step(loss_type="k15", tau=0.5, micro_batch_size=4)
+    # Micro-batches add up to the whole batch, padded ones to a packed one: the same first gradient.
+    (halves,) = step(loss_type="k15", tau=0.5, micro_batch_size=4, packing="off")
     assert halves["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
 
 
 def test_kl_penalty_against_the_starting_model(step):
-    rows = step(beta=0.1, steps=2, learning_rate=1e-3)
+    rows = step(beta=0.1, steps=2, learning_rate=1e-3, packing="shared_prompt")
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert rows[1]["kl"] > 1e-7
 
 
 def test_several_updates_and_micro_batches_per_step(step):
-    rows = step(steps=2, updates_per_step=2, micro_batch_size=2)
+    rows = step(steps=2, updates_per_step=2, micro_batch_size=2, packing="shared_prompt")
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["policy_version"] for row in rows] == [0, 1]
     assert [row["updates"] for row in rows] == [2, 2]

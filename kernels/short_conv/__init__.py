@@ -58,22 +58,22 @@ def _short_conv_torch(x, weight, *, initial_state, output_final_state, cu_seqlen
         y = _taps(extended.to(dtype), weight.to(dtype), length)
         final = extended[:, length:] if output_final_state else None
     else:
-        # Lay the W-1 rows of history in front of every sequence, convolve, keep the rows of real tokens.
-        bounds = sequence_bounds(cu_seqlens, batch, length)
-        pieces = []
-        for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-            pieces += [before[n], x[0, start:end]]
-        extended = torch.cat(pieces).unsqueeze(0)
-        ends = torch.tensor(bounds[1:], device=x.device)
-        lengths = ends - torch.tensor(bounds[:-1], device=x.device)
-        which = torch.repeat_interleave(torch.arange(sequences, device=x.device), lengths)
-        # Row of each real token in the output of `_taps`.
-        rows = torch.arange(length, device=x.device) + which * history
+        # Lay the W-1 rows of history in front of every sequence, convolve, keep the rows of real tokens. All on the
+        # device: a read of `cu_seqlens` would make the host wait for it in every layer.
+        if x.device.type == "cpu" or batch != 1:
+            sequence_bounds(cu_seqlens, batch, length)
+        cu_seqlens = cu_seqlens.to(device=x.device, dtype=torch.long)
+        numbers = torch.arange(sequences, device=x.device)
+        which = torch.repeat_interleave(numbers, cu_seqlens.diff(), output_size=length)
+        rows = torch.arange(length, device=x.device) + which * history  # of each token in the output of `_taps`
+        starts = cu_seqlens[:-1] + numbers * history
+        width = torch.arange(history, device=x.device)
+        extended = x.new_empty(length + sequences * history, channels)
+        extended = extended.index_copy(0, (starts[:, None] + width).flatten(), before.flatten(0, 1))
+        extended = extended.index_copy(0, rows + history, x[0]).unsqueeze(0)
         y = _taps(extended.to(dtype), weight.to(dtype), extended.shape[1] - history)[:, rows]
-        final = None
-        if output_final_state:
-            stops = ends + torch.arange(1, sequences + 1, device=x.device) * history
-            final = extended[0, stops[:, None] - history + torch.arange(history, device=x.device)]
+        ends = cu_seqlens[1:] + numbers * history
+        final = extended[0, ends[:, None] + width] if output_final_state else None
     y = F.silu(y) if activation == "silu" else y
     return y.to(x.dtype), None if final is None else final.transpose(1, 2)
 

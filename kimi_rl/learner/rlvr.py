@@ -16,6 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from kimi_rl.learner.controllers import Controllers
+from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.stage import CheckpointNames, StageContext
 from kimi_rl.mismatch import Mismatch, MismatchBar, measure_mismatch
@@ -83,7 +84,7 @@ def shaped_rewards(batch: RolloutBatch, weight: float) -> list[float | None]:
     return rewards
 
 
-class RLVRLearner(CheckpointNames, GRPOTrainer):
+class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
     """`trl.GRPOTrainer` with rollouts from a `RolloutQueue`, verified weight sync, and the mismatch gate.
 
     One step of the trainer is one rollout batch: `state.global_step` counts batches trained on and is the policy
@@ -105,6 +106,7 @@ class RLVRLearner(CheckpointNames, GRPOTrainer):
         self.ptx = ptx
         self.controllers = Controllers(self.rlvr)
         self.optimizer_steps = 0  # of this stage
+        self.packing = PackingSettings.resolve(self.rlvr.packing, self.rlvr.pack_tokens)
         self.bar = MismatchBar(self.rlvr.mismatch.max_kl, self.rlvr.mismatch.patience)
         self.step_values: dict[str, Any] = {}
         self._batch: RolloutBatch | None = None

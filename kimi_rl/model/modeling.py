@@ -4,8 +4,10 @@
 
 - KDA through `kimi_rl.kernels`, chosen by the tensor's device (transformers calls Triton on CPU tensors when
   fla is installed), with a gate whose gradient has no NaN;
-- packed batches: `cu_seqlens` separates sequences in KDA, in the short convolution and in MLA. transformers
-  takes packed input and lets the state run on from one sequence into the next;
+- packed batches: `cu_seqlens` separates sequences in KDA, in the short convolution and in MLA, and `parents` lets
+  some go on from the end of another, as the completions of one prompt do. transformers takes packed input and
+  lets the state run on from one sequence into the next;
+- `scored_tokens`: log-probs and entropies of given tokens, without the logits of any other;
 - `A_log`, `dt_bias`, the convolution and the router's bias stay in float32 whatever dtype the rest has, as in
   vLLM.
 
@@ -15,16 +17,20 @@ Left padding works everywhere; right padding everywhere except for decoding on f
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers.models.kimi_linear import modeling_kimi_linear as hf
+from transformers.utils import ModelOutput
 
-from kimi_rl.kernels.dispatch import sequence_bounds
+from kimi_rl.kernels.dispatch import compute_dtype
 from kimi_rl.kernels.kda_chunk import kda_chunk
 from kimi_rl.kernels.kda_decode import kda_decode
 from kimi_rl.kernels.kda_gate import kda_gate
+from kimi_rl.kernels.logprob import token_logprobs
+from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.short_conv import short_conv
+from kimi_rl.kernels.varlen_attention import varlen_attention
 
 # Parameters and buffers kept in float32, by the last parts of their names.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "conv1d.weight", "e_score_correction_bias")
@@ -45,14 +51,39 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
         hidden_states: torch.Tensor,
         cache_params=None,
         attention_mask: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
+        segments: Segments | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """hidden_states [B, T, D] -> [B, T, D]; attention_mask [B, T] with 0 at padding, or None."""
+        """hidden_states [B, T, D] -> [B, T, D]; attention_mask [B, T] with 0 at padding, or None.
+
+        `segments`: the sequences of a packed row (then B is 1).
+        """
         hidden_states = hf.apply_mask_to_padding_states(hidden_states, attention_mask)
         batch, length = hidden_states.shape[:2]
         heads = (batch, length, self.num_heads, self.head_dim)
 
+        qkv = torch.cat(
+            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
+        )
+        g = self.forget_gate(hidden_states)
+        beta = self.b_proj(hidden_states)
+        beta = beta.to(compute_dtype(beta)).sigmoid()
+        if segments is not None:
+            o = self._over_segments(qkv, g, beta, segments)
+        else:
+            o = self._over_rows(qkv, g, beta, cache_params)
+        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(heads)
+        return self.o_proj(self.o_norm(o, gate).reshape(batch, length, -1))
+
+    def _convolve(self, qkv: torch.Tensor, **options):
+        """q, k, v [B, T, H, .] after the short convolution, and its state."""
+        weight = self.conv1d.weight.squeeze(1)
+        mixed, state = short_conv(qkv, weight, activation="silu", **options)
+        heads = (*qkv.shape[:2], self.num_heads, self.head_dim)
+        return *(x.view(heads) for x in mixed.split(self.qkv_dim, dim=-1)), state
+
+    def _over_rows(self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, cache_params) -> torch.Tensor:
+        """Rows of a batch, from and into a cache if there is one: [B, T, H, V]."""
         continues = cache_params is not None and cache_params.has_previous_state(self.layer_idx)
         conv_state = recurrent_state = None
         if continues:
@@ -60,60 +91,64 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
             # transformers caches W inputs; the convolution looks back at W - 1.
             conv_state = layer.conv_states[0][..., -(self.conv_kernel_size - 1) :]
             recurrent_state = layer.recurrent_states[0]
-
-        qkv = torch.cat(
-            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
-        )
-        mixed, _ = short_conv(
-            qkv,
-            self.conv1d.weight.squeeze(1),
-            initial_state=conv_state,
-            cu_seqlens=cu_seqlens,
-            activation="silu",
-        )
+        q, k, v, _ = self._convolve(qkv, initial_state=conv_state)
         if cache_params is not None:
             cache_params.update_conv_state(
                 qkv.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
             )
-        q, k, v = (x.view(heads) for x in mixed.split(self.qkv_dim, dim=-1))
-        g = self.forget_gate(hidden_states)
-        beta = self.b_proj(hidden_states).float().sigmoid()
-
-        if continues and length == 1:
+        if continues and qkv.shape[1] == 1:
             o, state = kda_decode(q[:, 0], k[:, 0], v[:, 0], g[:, 0], beta[:, 0], recurrent_state)
             o = o.unsqueeze(1)
         else:
+            wanted = cache_params is not None
+            o, state = kda_chunk(q, k, v, g, beta, initial_state=recurrent_state, output_final_state=wanted)
+        if cache_params is not None:
+            cache_params.update_recurrent_state(state, self.layer_idx)
+        return o
+
+    def _over_segments(
+        self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, segments: Segments
+    ) -> torch.Tensor:
+        """Sequences of a packed row: [1, T, H, V]. Those that go on from another start from its last state."""
+
+        def run(tokens: slice, part: Segments, conv_state=None, state=None, end: bool = False):
+            q, k, v, tail = self._convolve(
+                qkv[:, tokens], initial_state=conv_state, output_final_state=end, cu_seqlens=part.cu_seqlens
+            )
             o, state = kda_chunk(
                 q,
                 k,
                 v,
-                g,
-                beta,
-                initial_state=recurrent_state,
-                output_final_state=cache_params is not None,
-                cu_seqlens=cu_seqlens,
+                g[:, tokens],
+                beta[:, tokens],
+                initial_state=state,
+                output_final_state=end,
+                cu_seqlens=part.cu_seqlens,
             )
-        if cache_params is not None:
-            cache_params.update_recurrent_state(state, self.layer_idx)
-        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(heads)
-        return self.o_proj(self.o_norm(o, gate).reshape(batch, length, -1))
+            return o, tail, state
+
+        if segments.continuing is None:
+            return run(slice(None), segments)[0]
+        first, tails, states = run(slice(0, segments.border), segments.starting, end=True)
+        of = segments.parent_of_continuing
+        second, _, _ = run(slice(segments.border, None), segments.continuing, tails[of], states[of])
+        return torch.cat([first, second], dim=1)
 
 
 class LatentAttention(hf.KimiLinearAttention):
-    """transformers' MLA layer; packed sequences are taken apart for the attention itself."""
+    """transformers' MLA layer, and packed rows."""
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         past_key_values=None,
-        cu_seqlens: torch.Tensor | None = None,
+        segments: Segments | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if cu_seqlens is None:
+        if segments is None:
             return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
-        batch, length = hidden_states.shape[:2]
-        bounds = sequence_bounds(cu_seqlens, batch, length)
+        length = hidden_states.shape[1]
         if self.q_lora_rank is None:
             q = self.q_proj(hidden_states)
         else:
@@ -124,24 +159,10 @@ class LatentAttention(hf.KimiLinearAttention):
         )
         latent = self.kv_a_layernorm(latent)
         k, v = self.expand_kv(latent.unsqueeze(1), shared_key.unsqueeze(1))  # [1, H, T, .]
-        # [T, H, .] -> [N, H, L, .], padded on the right: under a causal mask no real token sees the padding.
-        per_token = (q, k[0].transpose(0, 1), v[0].transpose(0, 1))
-        q, k, v = (_unpack(x, bounds).transpose(1, 2) for x in per_token)
         dropout = self.attention_dropout if self.training else 0.0
-        o = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scaling, dropout_p=dropout)
-        o = _pack(o.transpose(1, 2), bounds).reshape(1, length, -1)
-        return self.o_proj(o), None
-
-
-def _unpack(x: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-    """[T, ...] -> [N, longest, ...], zeros after each sequence's end."""
-    sequences = [x[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
-    return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
-
-
-def _pack(x: torch.Tensor, bounds: list[int]) -> torch.Tensor:
-    """[N, longest, ...] -> [T, ...]."""
-    return torch.cat([x[n, : b - a] for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False))])
+        k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
+        o = varlen_attention(q, k, v, segments, scale=self.scaling, dropout=dropout)
+        return self.o_proj(o.reshape(1, length, -1)), None
 
 
 _REPLACEMENTS = {
@@ -149,6 +170,14 @@ _REPLACEMENTS = {
     hf.KimiLinearDeltaAttention: DeltaAttention,
     hf.KimiLinearAttention: LatentAttention,
 }
+
+
+@dataclass
+class ScoredTokens(ModelOutput):
+    """Log-probs of the scored tokens [S], and the entropies of the distributions they come from [S] or None."""
+
+    logps: torch.Tensor | None = None
+    entropies: torch.Tensor | None = None
 
 
 class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
@@ -176,39 +205,64 @@ class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: torch.Tensor | None = None,
+        parents: torch.Tensor | None = None,
+        segments: Segments | None = None,
+        scored_places: torch.Tensor | None = None,
+        scored_tokens: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
         **kwargs,
     ):
-        """As transformers' forward, plus packed input.
+        """As transformers' forward, plus packed input and scores of given tokens.
 
         `cu_seqlens` int [N+1] gives the borders of N sequences packed into a batch of one, from 0 to T.
         transformers' padding-free collators spell it `cu_seq_lens_q`; what else they pass is not needed. With
-        `labels`, put -100 on the first token of every sequence: the loss shifts across borders.
+        `labels`, put -100 on the first token of every sequence: the loss shifts across borders. `parents` int [N]
+        names for each sequence the one it goes on from, or -1 (see `kernels/segments.py`). `segments` says both at
+        once, without a read from the device.
+        `scored_tokens` int [S] asks for `ScoredTokens` in place of logits: the log-probs that the states at
+        `scored_places` int [S], places in the packed row, give them at `temperature`.
         A cache is created by default only when no gradient is recorded: training has no use for one.
         """
         cu_seqlens = cu_seq_lens_q if cu_seqlens is None else cu_seqlens
-        if cu_seqlens is not None:
+        if cu_seqlens is not None and segments is None:
+            parents = None if parents is None else parents.tolist()
+            segments = Segments(cu_seqlens.tolist(), parents, device=input_ids.device)
+        if segments is not None:
             if past_key_values is not None or use_cache:
                 raise ValueError(
                     "packed input (cu_seqlens) cannot be combined with a cache; pass use_cache=False"
                 )
             if attention_mask is not None:
                 raise ValueError("packed input (cu_seqlens) has no padding; pass no attention_mask")
+            if input_ids.shape != (1, segments.length):
+                raise ValueError(
+                    f"cu_seqlens must run from 0 to the packed length {input_ids.shape[1]} of one row, found "
+                    f"0..{segments.length} for input_ids {list(input_ids.shape)}"
+                )
             # A dictionary is taken as is; the layers separate the sequences themselves.
             attention_mask = {"full_attention": None, "linear_attention": None}
             use_cache = False
-            kwargs["cu_seqlens"] = cu_seqlens
+            kwargs["segments"] = segments
         elif position_ids is not None and attention_mask is None and _restarts(position_ids):
             raise ValueError("position_ids restart inside a row: pass cu_seqlens, or the sequences would mix")
         if use_cache is None and past_key_values is None and torch.is_grad_enabled():
             use_cache = False
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
             **kwargs,
+        }
+        if scored_tokens is None:
+            return super().forward(**inputs)
+        hidden = self.model(**inputs).last_hidden_state[0, scored_places]
+        logps, entropies = token_logprobs(
+            hidden, self.lm_head.weight, scored_tokens, temperature=temperature, with_entropy=with_entropy
         )
+        return ScoredTokens(logps=logps, entropies=entropies)
 
     def _apply(self, fn: Callable, recurse: bool = True):
         """`model.to(dtype)`, `.bfloat16()`, ...: keep float32 what must stay float32."""

@@ -28,6 +28,10 @@ def test_automatic_choice(with_fla, monkeypatch):
     assert dispatch.choose("kda_chunk", OnGPU(), has_fla=True) == "fla"
     assert dispatch.choose("kda_chunk", OnGPU(torch.float64), has_fla=True) == "torch"
     assert dispatch.choose("short_conv", OnGPU(), has_fla=False) == "torch"
+    flex = {"has_fla": False, "has_flex": True}
+    assert dispatch.choose("varlen_attention", OnGPU(), **flex) == "flex"
+    assert dispatch.choose("varlen_attention", OnGPU(torch.float64), **flex) == "torch"
+    assert dispatch.choose("varlen_attention", cpu, **flex) == "torch"
     monkeypatch.setattr(dispatch, "fla_installed", lambda: False)
     assert dispatch.choose("kda_chunk", OnGPU(), has_fla=True) == "torch"
 
@@ -37,6 +41,7 @@ def test_forced_choice(with_fla, monkeypatch, forced):
     monkeypatch.setenv(dispatch.ENV, forced)
     assert dispatch.choose("kda_chunk", OnGPU(), has_fla=True) == forced
     assert dispatch.choose("kda_chunk", torch.zeros(1), has_fla=True) == forced
+    assert dispatch.choose("varlen_attention", OnGPU(), has_fla=False, has_flex=True) == forced
 
 
 def test_the_reference_can_be_forced_end_to_end(monkeypatch):

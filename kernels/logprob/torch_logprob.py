@@ -1,0 +1,84 @@
+"""Log-probs in tiles of tokens: no more than one tile of logits exists at any time, in neither direction.
+
+With z = hidden W^T / temperature, Z = sum_j exp(z_j), p = exp(z) / Z and H the entropy:
+
+    log p_t = z_t - log Z                    d log p_t / dz_j = [j = t] - p_j
+    H = log Z - sum_j p_j z_j                dH / dz_j        = -p_j (log p_j + H)
+
+The forward keeps log Z and H, one number a token each; the backward computes each tile's logits again.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from kimi_rl.kernels.dispatch import compute_dtype
+
+# Elements of one tile of logits: 16 MiB in float32 on a CPU (about what its caches hold), 256 MiB on a card.
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperature, tile, with_entropy):
+        ctx.set_materialize_grads(False)
+        dtype = compute_dtype(hidden, weight)
+        wide = weight.to(dtype)
+        logps = torch.empty(tokens.shape, dtype=dtype, device=hidden.device)
+        log_z, entropies = torch.empty_like(logps), torch.empty_like(logps)
+        for rows in _tiles(len(tokens), tile):
+            z = (hidden[rows].to(dtype) @ wide.T).div_(temperature)
+            log_z[rows] = z.logsumexp(-1)
+            logps[rows] = z.gather(-1, tokens[rows, None]).squeeze(-1) - log_z[rows]
+            if with_entropy:
+                p = (z - log_z[rows, None]).exp_()
+                entropies[rows] = log_z[rows] - p.mul_(z).sum(-1)
+        ctx.save_for_backward(hidden, weight, tokens, log_z, entropies)
+        ctx.temperature, ctx.tile = temperature, tile
+        return logps, entropies if with_entropy else None
+
+    @staticmethod
+    def backward(ctx, d_logps, d_entropies):
+        hidden, weight, tokens, log_z, entropies = ctx.saved_tensors
+        if d_logps is None and d_entropies is None:
+            return None, None, None, None, None, None
+        dtype = log_z.dtype
+        wide = weight.to(dtype)
+        d_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
+        for rows in _tiles(len(tokens), ctx.tile):
+            x = hidden[rows].to(dtype)
+            log_p = (x @ wide.T).div_(ctx.temperature).sub_(log_z[rows, None])
+            p = log_p.exp()
+            dz = torch.zeros_like(p)
+            if d_entropies is not None:
+                dz -= d_entropies[rows, None] * p * (log_p + entropies[rows, None])
+            if d_logps is not None:
+                dz -= p.mul_(d_logps[rows, None])
+                dz.scatter_add_(-1, tokens[rows, None], d_logps[rows, None])
+            dz.div_(ctx.temperature)
+            if d_hidden is not None:
+                torch.mm(dz, wide, out=d_hidden[rows])
+            if d_weight is not None:
+                d_weight.addmm_(dz.T, x)
+        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+def _tiles(count: int, tile: int) -> list[slice]:
+    return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
+
+
+def token_logprobs_torch(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    with_entropy: bool = True,
+    tile: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Same signature and shapes as `token_logprobs`. `tile`: tokens at once; unset: by the size of the vocabulary."""
+    if tile is None:
+        tile = max(1, TILE_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
+    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy)

@@ -1,0 +1,91 @@
+"""Which tokens of a packed row belong together, and which sequence goes on from which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import torch
+
+
+class Segments:
+    """The sequences of one packed row, in order.
+
+    `bounds` [0, end_1, ..., T]: sequence n is the tokens from bounds[n] up to bounds[n + 1]. `parents`, one number a
+    sequence: the sequence whose end it goes on from, or -1 if it starts by itself. A token sees the tokens before it in
+    its own sequence, and all of its sequence's parent. Sequences that start by themselves come first, so that one
+    border splits the row; a parent starts by itself (there is one level).
+
+    Built once a forward and handed to every layer: what a layer needs on the device is made once, and nothing has to be
+    read back from it. Raises `ValueError` naming what is wrong: a wrong border would silently mix two sequences.
+    """
+
+    def __init__(
+        self, bounds: Sequence[int], parents: Sequence[int] | None = None, device: torch.device | str = "cpu"
+    ):
+        self.bounds, self.device = tuple(map(int, bounds)), torch.device(device)
+        if len(self.bounds) < 2 or self.bounds[0] != 0:
+            raise ValueError(f"cu_seqlens must start with 0 and have an end, found {list(self.bounds[:2])}")
+        if any(b < a for a, b in zip(self.bounds, self.bounds[1:], strict=False)):
+            raise ValueError(f"cu_seqlens must not decrease, found {list(self.bounds)}")
+        parents = [-1] * len(self) if parents is None else list(map(int, parents))
+        if len(parents) != len(self):
+            raise ValueError(f"parents must have one number a sequence ({len(self)}), found {len(parents)}")
+        self.roots = next((n for n, parent in enumerate(parents) if parent >= 0), len(self))
+        for n, parent in enumerate(parents):
+            if not (parent == -1 if n < self.roots else 0 <= parent < self.roots):
+                raise ValueError(
+                    f"parents[{n}]: found {parent}; the sequences that start by themselves (-1) come first, and the "
+                    f"others name one of these {self.roots}"
+                )
+        self.parents = tuple(parents)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def length(self) -> int:
+        """Tokens of the row."""
+        return self.bounds[-1]
+
+    @property
+    def border(self) -> int:
+        """The first token of the sequences that go on from another; the length where there is none."""
+        return self.bounds[self.roots]
+
+    def lengths(self) -> list[int]:
+        return [b - a for a, b in zip(self.bounds, self.bounds[1:], strict=False)]
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """`bounds` as int64 [N + 1] on the device. Always the same tensor: fla keeps what it derives from one."""
+        return torch.tensor(self.bounds, device=self.device)
+
+    @cached_property
+    def starting(self) -> Segments:
+        """The sequences that start by themselves, as a row of their own: the tokens before `border`."""
+        return self if self.roots == len(self) else Segments(self.bounds[: self.roots + 1], device=self.device)
+
+    @cached_property
+    def continuing(self) -> Segments | None:
+        """The others, as a row of their own, without their parents: the tokens from `border` on."""
+        if self.roots == len(self):
+            return None
+        return Segments([b - self.border for b in self.bounds[self.roots :]], device=self.device)
+
+    @cached_property
+    def parent_of_continuing(self) -> torch.Tensor:
+        """int64 [N - roots]: for each continuing sequence its parent."""
+        return torch.tensor(self.parents[self.roots :], dtype=torch.long, device=self.device)
+
+    @cached_property
+    def sequence_of_token(self) -> torch.Tensor:
+        """int64 [T]."""
+        return torch.repeat_interleave(
+            torch.arange(len(self), device=self.device), self.cu_seqlens.diff(), output_size=self.length
+        )
+
+    @cached_property
+    def parent_of_token(self) -> torch.Tensor:
+        """int64 [T], -1 where the token's sequence has no parent."""
+        return torch.tensor(self.parents, device=self.device)[self.sequence_of_token]

@@ -1,0 +1,273 @@
+"""`kimi-rl bench learner`: optimizer steps on padded batches, on packed ones, and with shared prompts, in one run."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from kimi_rl.errors import InputError
+from kimi_rl.learner.packed import PackedLogps, PackingSettings
+from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad
+from kimi_rl.model.flops import forward_cost
+from kimi_rl.model.modeling import KimiLinearForCausalLM
+from kimi_rl.model.presets import build_config
+from kimi_rl.recipe import ModelSection, TokenizerSection
+from kimi_rl.run_dir import describe_environment
+from kimi_rl.tokenizer import build_tokenizer
+
+# `off` leaves TRL's own method in place: the mixin then only calls it.
+PATHS = {"padded": "off", "packed": "packed", "shared_prompt": "shared_prompt"}
+SPREAD = 0.6  # standard deviation of the logarithm of completion lengths
+
+
+class BenchTrainer(PackedLogps, GRPOTrainer):
+    """TRL's trainer, fed ready batches."""
+
+
+def draw_lengths(count: int, mean: float, longest: int, spread: float, generator: torch.Generator) -> list[int]:
+    """Log-normal lengths of this mean before they are cut to 1 .. `longest`."""
+    logs = torch.randn(count, generator=generator) * spread + (math.log(mean) - spread**2 / 2)
+    return logs.exp().round().clamp(1, longest).long().tolist()
+
+
+def make_batch(
+    *, groups: int, group_size: int, prompt_tokens: int, mean: float, longest: int, vocabulary: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """One rollout batch as TRL's trainer holds it, with random tokens: rows shuffled, prompts padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = groups * group_size
+    prompts = draw_lengths(groups, prompt_tokens, 4 * prompt_tokens, SPREAD / 2, generator)
+    completions = draw_lengths(rows, mean, longest, SPREAD, generator)
+    left, right = max(prompts), max(completions)
+    prompt_ids = torch.randint(10, vocabulary, (groups, left), generator=generator).repeat_interleave(group_size, 0)
+    prompt_mask = torch.arange(left) >= left - torch.tensor(prompts).repeat_interleave(group_size)[:, None]
+    mask = torch.arange(right) < torch.tensor(completions)[:, None]
+    ids = torch.randint(10, vocabulary, (rows, right), generator=generator)
+    order = torch.randperm(rows, generator=generator)
+    return {
+        "prompt_ids": (prompt_ids * prompt_mask)[order],
+        "prompt_mask": prompt_mask[order].long(),
+        "completion_ids": (ids * mask)[order],
+        "completion_mask": mask[order].long(),
+        "advantages": torch.randn(rows, generator=generator),
+        "num_items_in_batch": mask.sum().float(),
+    }
+
+
+def split(batch: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
+    """Micro-batches of `rows` rows."""
+    total = len(batch["prompt_ids"])
+    return [
+        {name: x[start : start + rows] if x.ndim else x for name, x in batch.items()}
+        for start in range(0, total, rows)
+    ]
+
+
+def bench_learner(
+    *,
+    size: str = "base",
+    arch: str = "hybrid",
+    mlp: str = "dense",
+    vocabulary: int = 32768,
+    groups: int = 8,
+    group_size: int = 16,
+    micro_batch_size: int = 16,
+    prompt_tokens: int = 100,
+    mean: float = 300,
+    longest: int = 2048,
+    pack_tokens: int = 16384,
+    steps: int = 5,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time optimizer steps (forward, backward, AdamW) of one batch by each path, in turns.
+
+    Every path gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand together. The
+    model class is ours throughout, so that padding and packing alone make the difference.
+
+    Returns:
+        `paths`, by name: `step_s` (median over `steps`, after one untimed step), `tokens_per_s` of real tokens (prompts
+        counted once a sample whatever the path), `mfu` (3 forwards of the tokens that must be run, over the measured
+        peak of a matrix product), `grad_norm`, and memory: on a card the allocator's peak, on a CPU the bytes kept for
+        the backward of the largest micro-batch. `ratios` of tokens/s; `shape`, `peak_flops`, and the environment.
+    """
+    if micro_batch_size < 1 or groups * group_size % micro_batch_size:
+        raise InputError(
+            f"--micro-batch-size: {micro_batch_size} must divide groups x group size = {groups * group_size}"
+        )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    section = ModelSection(size=size, arch=arch, mlp=mlp)
+    config = build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    torch.manual_seed(seed)
+    model = KimiLinearForCausalLM(config).to(device)
+    batch = make_batch(
+        groups=groups, group_size=group_size, prompt_tokens=prompt_tokens, mean=mean, longest=longest,
+        vocabulary=vocabulary, seed=seed,
+    )  # fmt: skip
+    micro_batches = split(batch, micro_batch_size)
+    samples = [_samples(part) for part in micro_batches]
+    regrouped = regroup(micro_batches)
+    shared_samples = [_samples(part) for part in regrouped]
+    cost = forward_cost(config)
+    flops = {
+        "padded": 3 * sum(cost_of(part, cost, False) for part in samples),
+        "shared_prompt": 3 * sum(cost_of(part, cost, True) for part in shared_samples),
+    }
+    flops["packed"] = flops["padded"]
+    tokens = sum(tokens_of(part, False) for part in samples)
+    on_device = {
+        name: [{k: v.to(device) for k, v in part.items()} for part in parts]
+        for name, parts in (("padded", micro_batches), ("packed", micro_batches), ("shared_prompt", regrouped))
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(model, folder, len(micro_batches), micro_batch_size, group_size, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+        def step(name: str) -> float:
+            """One optimizer step; the norm of its gradient."""
+            trainer.packing = PackingSettings(PATHS[name], pack_tokens)
+            model.train()
+            for part in on_device[name]:
+                trainer.accelerator.backward(trainer.compute_loss(model, part))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(norm)
+
+        norms, memory, seconds = {}, {}, {name: [] for name in PATHS}
+        for name in PATHS:  # untimed: compiles, fills caches, and measures memory
+            memory[name], norms[name] = _memory(lambda name=name: step(name), model, device)
+        for _ in range(steps):
+            for name in PATHS:
+                start = time.perf_counter()
+                step(name)
+                _finish(device)
+                seconds[name].append(time.perf_counter() - start)
+    peak = matmul_peak(device)
+    paths = {
+        name: {
+            "step_s": median(seconds[name]),
+            "best_step_s": min(seconds[name]),
+            "tokens_per_s": tokens / median(seconds[name]),
+            "mfu": flops[name] / median(seconds[name]) / peak,
+            "flops": flops[name],
+            "memory_bytes": memory[name],
+            "grad_norm": norms[name],
+            "all_step_s": seconds[name],
+        }
+        for name in PATHS
+    }
+    padded_tokens = sum(part["prompt_ids"].numel() + part["completion_ids"].numel() for part in micro_batches)
+    return {
+        "benchmark": "learner",
+        "model": {"size": size, "arch": arch, "mlp": mlp, "vocabulary": vocabulary,
+                  "parameters": sum(p.numel() for p in model.parameters())},
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "precision": "fp32 weights, bf16 autocast" if device == "cuda" else "fp32",
+        "threads": torch.get_num_threads(),
+        "shape": {
+            "groups": groups, "group_size": group_size, "micro_batch_size": micro_batch_size,
+            "prompt_tokens": prompt_tokens, "completion_mean": mean, "completion_longest": longest,
+            "pack_tokens": pack_tokens, "seed": seed, "steps": steps, "real_tokens": tokens,
+            "padded_tokens": padded_tokens,
+            "tokens_with_shared_prompts": sum(tokens_of(part, True) for part in shared_samples),
+        },
+        "memory_is": "peak allocated" if device == "cuda" else "kept for the backward of the largest micro-batch",
+        "peak_flops": peak,
+        "paths": paths,
+        "ratios": {
+            "packed / padded": paths["packed"]["tokens_per_s"] / paths["padded"]["tokens_per_s"],
+            "shared_prompt / padded": paths["shared_prompt"]["tokens_per_s"] / paths["padded"]["tokens_per_s"],
+            "shared_prompt / packed": paths["shared_prompt"]["tokens_per_s"] / paths["packed"]["tokens_per_s"],
+        },
+        "environment": describe_environment(),
+    }  # fmt: skip
+
+
+def _samples(part: dict[str, torch.Tensor]):
+    return unpad(
+        torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1),
+        torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
+        part["completion_ids"].shape[1],
+    )
+
+
+def _trainer(model, folder: str, micro_batches: int, rows: int, group_size: int, device: str) -> BenchTrainer:
+    args = GRPOConfig(
+        output_dir=folder,
+        max_steps=1,
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=micro_batches,
+        steps_per_generation=micro_batches,
+        num_generations=group_size,
+        loss_type="dapo",
+        beta=0.0,
+        cast_lm_head_to_fp32=device == "cuda",
+        gradient_checkpointing=False,
+        use_cpu=device == "cpu",
+        bf16=device == "cuda",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = BenchTrainer(
+        model=model,
+        args=args,
+        reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_list([{"prompt": "unused"}]),
+        processing_class=build_tokenizer(TokenizerSection(), []),
+    )
+    trainer.current_gradient_accumulation_steps = micro_batches  # TRL's training loop sets it
+    return trainer
+
+
+def _memory(step: Callable[[], float], model: torch.nn.Module, device: str) -> tuple[int, float]:
+    """Memory of one step (see `bench_learner`), and what the step returns."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        result = step()
+        return torch.cuda.max_memory_allocated(), result
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    largest = 0
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def use(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, sum(kept.values()))  # the backward begins: nothing more is added to this micro-batch
+        kept.clear()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, use):
+        result = step()
+    return largest, result
+
+
+def matmul_peak(device: str) -> float:
+    """Operations a second of a large matrix product, best of 10: bf16 on a card, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = math.inf
+    for _ in range(10):
+        _finish(device)
+        start = time.perf_counter()
+        a @ b
+        _finish(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _finish(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

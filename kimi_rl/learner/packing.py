@@ -1,0 +1,233 @@
+"""Padded batches to packed rows and back: pure functions, no model.
+
+    [B, T] with padding  --samples-->  prompts and completions  --plan-->  packs of rows  --pack-->  one row of tokens
+    [B, C] of log-probs  <-------------------------------scatter--------------------------  one number a scored token
+
+A pack is what one forward gets: sequences end to end, without padding, and the borders between them. With shared
+prompts a prompt that several rows have lies in a pack once, and their completions go on from its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from kimi_rl.kernels.segments import Segments
+from kimi_rl.model.flops import ForwardCost
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row without its padding. `prompt` int64 [P], `completion` int64 [C]; `columns` int64 [C] says where in the
+    padded completions each token stands; `key` is the same for rows of the same prompt."""
+
+    row: int
+    prompt: torch.Tensor
+    completion: torch.Tensor
+    columns: torch.Tensor
+    key: tuple[int, ...]
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.completion)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One packed row.
+
+    input_ids int64 [1, T]; segments of its sequences; positions int64 [1, T], each token's place in its sample.
+    scored_places int64 [S]: the states that predict, and scored_tokens int64 [S], what they predict; rows and columns
+    int64 [S]: where the score of each goes in the padded [B, C].
+    """
+
+    input_ids: torch.Tensor
+    segments: Segments
+    positions: torch.Tensor
+    scored_places: torch.Tensor
+    scored_tokens: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+
+
+def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int) -> list[Sample]:
+    """Rows of a padded batch whose completion has any token; the others have nothing to score.
+
+    input_ids int64 and attention_mask [B, T], on the CPU: prompts padded on the left, then `completion_width` columns
+    of completions padded on the right. Raises `ValueError` for a completion without a prompt: nothing predicts its
+    first token.
+    """
+    prompts, prompt_mask = input_ids[:, :-completion_width], attention_mask[:, :-completion_width].bool()
+    completions, mask = input_ids[:, -completion_width:], attention_mask[:, -completion_width:].bool()
+    samples = []
+    for row in range(len(input_ids)):
+        columns = mask[row].nonzero().squeeze(-1)
+        if not len(columns):
+            continue
+        prompt = prompts[row, prompt_mask[row]]
+        if not len(prompt):
+            raise ValueError(f"row {row}: a completion of {len(columns)} tokens without a prompt before it")
+        samples.append(Sample(row, prompt, completions[row, columns], columns, tuple(prompt.tolist())))
+    return samples
+
+
+def group_by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Samples of the same prompt together, in order of first appearance."""
+    groups: dict[tuple[int, ...], list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault(sample.key, []).append(sample)
+    return list(groups.values())
+
+
+def tokens_of(samples: Sequence[Sample], share_prompts: bool) -> int:
+    """Tokens that these samples take in a pack."""
+    if not share_prompts:
+        return sum(sample.length for sample in samples)
+    return sum(
+        len(group[0].prompt) + sum(len(s.completion) for s in group) for group in group_by_prompt(samples)
+    )
+
+
+def cost_of(samples: Sequence[Sample], cost: ForwardCost, share_prompts: bool) -> float:
+    """Operations of a forward over these samples in one pack."""
+    scored = sum(len(s.completion) for s in samples)
+    if not share_prompts:
+        return cost.of([(s.length, 0) for s in samples], scored)
+    sequences = []
+    for group in group_by_prompt(samples):
+        prompt = len(group[0].prompt)
+        sequences += [(prompt, 0), *((len(s.completion), prompt) for s in group)]
+    return cost.of(sequences, scored)
+
+
+def plan(samples: Sequence[Sample], budget: int, cost: ForwardCost, *, share_prompts: bool) -> list[list[Sample]]:
+    """Samples in packs of at most `budget` tokens each, few packs of about equal cost.
+
+    A sample above the budget gets a pack of its own. With shared prompts the samples of one prompt stay together unless
+    they do not fit into one pack: then they are cut into parts, and each part brings the prompt along.
+    """
+    items: list[list[Sample]] = []
+    for group in group_by_prompt(samples) if share_prompts else [[s] for s in samples]:
+        items += _cut(group, budget, share_prompts) if len(group) > 1 else [group]
+    sizes = [tokens_of(item, share_prompts) for item in items]
+    costs = [cost_of(item, cost, share_prompts) for item in items]
+    count = max(1, -(-sum(sizes) // budget)) if items else 0
+    while True:
+        packs = _fill(sizes, costs, count, budget)
+        if packs is not None:
+            return [[s for i in sorted(pack) for s in items[i]] for pack in packs if pack]
+        count += 1
+
+
+def _cut(group: list[Sample], budget: int, share_prompts: bool) -> list[list[Sample]]:
+    """Parts of at most `budget` tokens of a group; in order, each as full as it gets."""
+    parts: list[list[Sample]] = []
+    for sample in group:
+        if parts and tokens_of([*parts[-1], sample], share_prompts) <= budget:
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+    return parts
+
+
+def _fill(sizes: list[int], costs: list[float], count: int, budget: int) -> list[list[int]] | None:
+    """Dearest item first, each to the cheapest of `count` packs that has room; None if one finds no room.
+
+    An item above the budget goes into an empty pack.
+    """
+    packs: list[list[int]] = [[] for _ in range(count)]
+    used, spent = [0] * count, [0.0] * count
+    for i in sorted(range(len(sizes)), key=lambda i: -costs[i]):
+        room = [p for p in range(count) if used[p] + sizes[i] <= budget or not packs[p]]
+        if not room:
+            return None
+        best = min(room, key=lambda p: spent[p])
+        packs[best].append(i)
+        used[best] += sizes[i]
+        spent[best] += costs[i]
+    return packs
+
+
+def pack(samples: Sequence[Sample], *, share_prompts: bool, device: torch.device | str = "cpu") -> Pack:
+    """One packed row of these samples, in their order, on `device`."""
+    if share_prompts:
+        return _pack_shared(group_by_prompt(samples), device)
+    pieces, places, bounds = [], [], [0]
+    for sample in samples:
+        first = bounds[-1] + len(sample.prompt)
+        places.append(torch.arange(first, first + len(sample.completion)) - 1)
+        pieces += [sample.prompt, sample.completion]
+        bounds.append(bounds[-1] + sample.length)
+    positions = [torch.arange(sample.length) for sample in samples]
+    return _pack(samples, pieces, positions, places, Segments(bounds, device=device), device)
+
+
+def _pack_shared(groups: list[list[Sample]], device: torch.device | str) -> Pack:
+    """All prompts first, then all completions, each with its prompt for a parent."""
+    samples = [sample for group in groups for sample in group]
+    parents = [-1] * len(groups) + [number for number, group in enumerate(groups) for _ in group]
+    prompts = [group[0].prompt for group in groups]
+    pieces = [*prompts, *(sample.completion for sample in samples)]
+    bounds = [0, *torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()]
+    places = []
+    for number in range(len(groups), len(pieces)):
+        own = torch.arange(bounds[number], bounds[number + 1] - 1)
+        last_of_prompt = torch.tensor([bounds[parents[number] + 1] - 1])
+        places.append(torch.cat([last_of_prompt, own]))
+    positions = [torch.arange(len(prompt)) for prompt in prompts]
+    positions += [torch.arange(len(s.completion)) + len(s.prompt) for s in samples]
+    return _pack(samples, pieces, positions, places, Segments(bounds, parents, device=device), device)
+
+
+def _pack(samples, pieces, positions, places, segments: Segments, device) -> Pack:
+    rows = [torch.full_like(sample.columns, sample.row) for sample in samples]
+    return Pack(
+        input_ids=torch.cat(pieces).unsqueeze(0).to(device),
+        segments=segments,
+        positions=torch.cat(positions).unsqueeze(0).to(device),
+        scored_places=torch.cat(places).to(device),
+        scored_tokens=torch.cat([sample.completion for sample in samples]).to(device),
+        rows=torch.cat(rows).to(device),
+        columns=torch.cat([sample.columns for sample in samples]).to(device),
+    )
+
+
+def scatter(values: Sequence[torch.Tensor], packs: Sequence[Pack], shape: tuple[int, int]) -> torch.Tensor:
+    """Scores of each pack [S] to their places in [B, C], zeros elsewhere. Differentiable."""
+    rows, columns = torch.cat([p.rows for p in packs]), torch.cat([p.columns for p in packs])
+    flat = torch.cat(list(values))
+    return flat.new_zeros(shape).index_put((rows, columns), flat)
+
+
+def regroup(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows in as many batches of the same size, rows of one prompt next to each other.
+
+    Prompts come in the order in which they first appear. `batches` are dictionaries as TRL's trainer cuts them from
+    one generation batch: `prompt_ids`, `prompt_mask` [b, P], more tensors and lists of b rows; scalars and None stay.
+    """
+    size = len(batches[0]["prompt_ids"])
+    keys = [
+        tuple(ids[mask.bool()].tolist())
+        for batch in batches
+        for ids, mask in zip(batch["prompt_ids"].cpu(), batch["prompt_mask"].cpu(), strict=True)
+    ]
+    first: dict[tuple[int, ...], int] = {}
+    for key in keys:
+        first.setdefault(key, len(first))
+    order = sorted(range(len(keys)), key=lambda i: first[keys[i]])  # stable
+
+    def rearranged(name: str) -> list[Any]:
+        parts = [batch[name] for batch in batches]
+        if isinstance(parts[0], torch.Tensor) and parts[0].ndim > 0:
+            whole = torch.cat(parts)[order]
+            return list(whole.split(size))
+        if isinstance(parts[0], list):
+            whole = [value for part in parts for value in part]
+            return [[whole[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+        return parts
+
+    columns = {name: rearranged(name) for name in batches[0]}
+    return [{name: parts[i] for name, parts in columns.items()} for i in range(len(batches))]
