@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kimi_rl.errors import InputError, RunError
+from kimi_rl.kernels.compile_cache import cache_environment
 from kimi_rl.progress import ProgressView, follow
 from kimi_rl.recipe import ModelSection, Recipe
 from kimi_rl.recipe_load import dump_recipe
@@ -53,6 +54,8 @@ def check_inputs(recipe: Recipe) -> None:
         if find_spec(name) is None:
             raise InputError(f"report_to: {name} is not installed; run `pip install {name}` or take it out")
 
+    cache_environment(recipe.kernel_cache)
+
     from kimi_rl.dataset import load_problems
     from kimi_rl.model.presets import build_config
 
@@ -74,7 +77,7 @@ def check_model_folder(path: str) -> None:
 
 
 @contextlib.contextmanager
-def local_ray() -> Iterator[None]:
+def local_ray(kernel_cache: str | None = None) -> Iterator[None]:
     """Ray for the time of a run: the cluster of `RAY_ADDRESS` or one on this machine; one that is up already stays."""
     import ray
 
@@ -87,7 +90,7 @@ def local_ray() -> Iterator[None]:
         log_to_driver=False,
         logging_level="error",
         namespace="kimi_rl",
-        runtime_env={"env_vars": worker_environment()},
+        runtime_env={"env_vars": worker_environment(kernel_cache)},
     )
     try:
         yield
@@ -106,7 +109,7 @@ def _run_stages(
         follower = threading.Thread(target=follow, args=(run_dir.path / "metrics.jsonl", view, stop), daemon=True)
         follower.start()
     try:
-        with local_ray():
+        with local_ray(recipe.kernel_cache):
             run_dir.save_state({"status": "running", "stages": done})
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
             start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
@@ -128,8 +131,8 @@ def _run_stages(
             follower.join(timeout=5)
 
 
-def worker_environment() -> dict[str, str]:
-    """Environment of Ray's workers: the same package as this process, and threads that do not spin.
+def worker_environment(kernel_cache: str | None = None) -> dict[str, str]:
+    """Environment of Ray's workers: the same package as this process, threads that do not spin, the kernels' cache.
 
     Learner and rollout workers take turns on the same cores; OpenMP threads that spin while they wait would take
     them from whoever's turn it is.
@@ -141,6 +144,7 @@ def worker_environment() -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
+        **cache_environment(kernel_cache),
     }
 
 

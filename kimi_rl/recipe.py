@@ -372,6 +372,9 @@ class Recipe(Section):
         "auto", description="`auto`: fp32 on a CPU, fp32 master weights with bf16 autocast on a GPU."
     )
     threads: NonNegative = Field(0, description="CPU threads of each actor; 0: all cores.")
+    kernel_cache: str | None = Field(
+        None, description="Folder that keeps compiled GPU kernels; unset: $KIMI_RL_KERNEL_CACHE, or the libraries' own."
+    )
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = Field(default_factory=list)
     model: ModelSection = Field(default_factory=ModelSection)
     tokenizer: TokenizerSection = Field(default_factory=TokenizerSection)

@@ -96,7 +96,8 @@ def bench_learner(
         `paths`, by name: `step_s` (median over `steps`, after one untimed step), `tokens_per_s` of real tokens (prompts
         counted once a sample whatever the path), `mfu` (3 forwards of the tokens that must be run, over the measured
         peak of a matrix product), `grad_norm`, and memory: on a card the allocator's peak, on a CPU the bytes kept for
-        the backward of the largest micro-batch. `ratios` of tokens/s; `shape`, `peak_flops`, and the environment.
+        the backward of the largest micro-batch. `ratios` of tokens/s, of the median and of
+        the best steps (other load on the machine only ever adds time); `shape`, `peak_flops`, and the environment.
     """
     if micro_batch_size < 1 or groups * group_size % micro_batch_size:
         raise InputError(
@@ -151,12 +152,14 @@ def bench_learner(
                 _finish(device)
                 seconds[name].append(time.perf_counter() - start)
     peak = matmul_peak(device)
+    best = {name: min(times) for name, times in seconds.items()}
+    middle = {name: median(times) for name, times in seconds.items()}
     paths = {
         name: {
-            "step_s": median(seconds[name]),
-            "best_step_s": min(seconds[name]),
-            "tokens_per_s": tokens / median(seconds[name]),
-            "mfu": flops[name] / median(seconds[name]) / peak,
+            "step_s": middle[name],
+            "best_step_s": best[name],
+            "tokens_per_s": tokens / middle[name],
+            "mfu": flops[name] / middle[name] / peak,
             "flops": flops[name],
             "memory_bytes": memory[name],
             "grad_norm": norms[name],
@@ -182,13 +185,16 @@ def bench_learner(
         "memory_is": "peak allocated" if device == "cuda" else "kept for the backward of the largest micro-batch",
         "peak_flops": peak,
         "paths": paths,
-        "ratios": {
-            "packed / padded": paths["packed"]["tokens_per_s"] / paths["padded"]["tokens_per_s"],
-            "shared_prompt / padded": paths["shared_prompt"]["tokens_per_s"] / paths["padded"]["tokens_per_s"],
-            "shared_prompt / packed": paths["shared_prompt"]["tokens_per_s"] / paths["packed"]["tokens_per_s"],
-        },
+        "ratios": _ratios(middle),
+        "ratios_of_best": _ratios(best),
         "environment": describe_environment(),
     }  # fmt: skip
+
+
+def _ratios(seconds: dict[str, float]) -> dict[str, float]:
+    """How many times as fast the first path of each name is as the second."""
+    pairs = (("packed", "padded"), ("shared_prompt", "padded"), ("shared_prompt", "packed"))
+    return {f"{a} / {b}": seconds[b] / seconds[a] for a, b in pairs}
 
 
 def _samples(part: dict[str, torch.Tensor]):

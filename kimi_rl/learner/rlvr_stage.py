@@ -15,6 +15,7 @@ from kimi_rl.errors import InputError
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.rlvr import RLVRLearner
 from kimi_rl.learner.stage import ROLLOUT_STATE, RecordCallback, StageContext
+from kimi_rl.learner.warm_up import warm_up
 from kimi_rl.recipe import RLVRStage
 from kimi_rl.rollout.batches import BatchMaker, RolloutQueue
 
@@ -39,6 +40,7 @@ def run_rlvr(context: StageContext) -> None:
         processing_class=context.tokenizer,
         callbacks=[callback],
     )
+    warm_up(trainer, lambda text: context.record("note", 0, text=text))
     clock = StepClock(context, trainer)
     callback.make_row, callback.end_step, callback.state = clock.row, trainer.end_step, trainer.rollout_state
     if checkpoint is not None:

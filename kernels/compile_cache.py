@@ -1,0 +1,38 @@
+"""Where compiled kernels and their tuning are kept, so that a second start is quick.
+
+fla's kernels are Triton's, and keep what autotuning found in Triton's cache; FlexAttention's are TorchInductor's. Both
+read their folders from the environment, once, when first imported: so it is set for a process before it starts.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from kimi_rl.errors import InputError
+
+ENV = "KIMI_RL_KERNEL_CACHE"
+
+
+def cache_environment(folder: str | None = None) -> dict[str, str]:
+    """Environment variables that keep compiled kernels in `folder`, or in that of $KIMI_RL_KERNEL_CACHE.
+
+    Empty where neither is given: then the libraries' own folders and variables hold. Raises `InputError` if the folder
+    cannot be made or written to.
+    """
+    where, chosen = ("kernel_cache", folder) if folder else (ENV, os.environ.get(ENV))
+    if not chosen:
+        return {}
+    root = Path(chosen).expanduser().resolve()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        writable = os.access(root, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise InputError(f"{where}: cannot write to {chosen}; give a folder for compiled kernels, or leave it out")
+    return {
+        "TRITON_CACHE_DIR": str(root / "triton"),
+        "TRITON_CACHE_AUTOTUNING": "1",  # also what kernels outside fla were tuned to
+        "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+    }

@@ -1,0 +1,67 @@
+"""Compiled kernels: where they are kept, and the run that compiles them. Compiling itself needs a card."""
+
+import types
+
+import pytest
+import torch
+from test_packed_logps import StandIn, make_model
+
+from kimi_rl.errors import InputError
+from kimi_rl.kernels.compile_cache import ENV, cache_environment
+from kimi_rl.learner.warm_up import exercise, warm_up
+from kimi_rl.pipeline import worker_environment
+
+
+def test_the_cache_folder_comes_from_the_recipe_or_the_environment(tmp_path, monkeypatch):
+    monkeypatch.delenv(ENV, raising=False)
+    assert cache_environment() == {}
+    assert "TRITON_CACHE_DIR" not in worker_environment()
+    monkeypatch.setenv(ENV, str(tmp_path / "env"))
+    assert cache_environment()["TRITON_CACHE_DIR"] == str(tmp_path / "env" / "triton")
+    found = worker_environment(str(tmp_path / "recipe"))
+    assert found["TRITON_CACHE_DIR"] == str(tmp_path / "recipe" / "triton")
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "recipe" / "inductor")
+    assert (tmp_path / "recipe").is_dir()
+
+
+@pytest.mark.parametrize("how", ["recipe", "environment"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, how):
+    (tmp_path / "file").touch()
+    folder = str(tmp_path / "file" / "cache")
+    monkeypatch.setenv(ENV, folder)
+    with pytest.raises(InputError, match="kernel_cache: cannot" if how == "recipe" else f"{ENV}: cannot"):
+        cache_environment(folder if how == "recipe" else None)
+
+
+@pytest.mark.parametrize("mode", ["packed", "shared_prompt"])
+def test_the_exercise_goes_through_every_kernel_and_leaves_no_trace(monkeypatch, mode):
+    from kimi_rl.model import modeling
+
+    seen = set()
+    for name in ("kda_chunk", "short_conv", "varlen_attention", "token_logprobs", "kda_gate"):
+        kernel = getattr(modeling, name)
+
+        def watched(*args, name=name, kernel=kernel, **kwargs):
+            seen.add((name, torch.is_grad_enabled(), kwargs.get("initial_state") is not None))
+            return kernel(*args, **kwargs)
+
+        monkeypatch.setattr(modeling, name, watched)
+    model = make_model()
+    before, state = {n: p.clone() for n, p in model.named_parameters()}, torch.random.get_rng_state()
+    exercise(StandIn(model, mode))
+    assert torch.equal(torch.random.get_rng_state(), state) and not model.training
+    assert all(p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert {(name, grad) for name, grad, _ in seen} == {
+        (name, grad)
+        for name in ("kda_chunk", "short_conv", "varlen_attention", "token_logprobs", "kda_gate")
+        for grad in (False, True)
+    }
+    assert ("kda_chunk", True, True) in seen or mode == "packed"
+
+
+def test_on_a_cpu_nothing_is_run_or_said():
+    def never(*args):
+        raise AssertionError("must not be called")
+
+    trainer = types.SimpleNamespace(model=make_model(), _get_per_token_logps_and_entropies=never)
+    assert warm_up(trainer, never) is None
