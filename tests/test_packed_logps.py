@@ -29,8 +29,8 @@ VARIANTS = [(arch, mlp) for arch in ("hybrid", "mla") for mlp in ("dense", "moe"
 MODES = ("packed", "shared_prompt")
 
 
-def make_model(arch="hybrid", mlp="dense"):
-    section = ModelSection(arch=arch, mlp=mlp, size="tiny", overrides=LOUD)
+def make_model(arch="hybrid", mlp="dense", **overrides):
+    section = ModelSection(arch=arch, mlp=mlp, size="tiny", overrides=LOUD | overrides)
     torch.manual_seed(0)
     config = build_config(section, vocab_size=VOCABULARY, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     return KimiLinearForCausalLM(config).eval()
@@ -84,6 +84,7 @@ def padded(prompts, completions):
 def packed_scores(model, prompts, completions, mode, **options):
     """Log-probs and entropies, one tensor a sample."""
     ids, mask, width = padded(prompts, completions)
+    ids, mask = ids.to(model.device), mask.to(model.device)
     logps, entropies, aux = StandIn(model, mode, **options)._get_per_token_logps_and_entropies(
         model, ids, mask, width, compute_entropy=True
     )
@@ -93,9 +94,12 @@ def packed_scores(model, prompts, completions, mode, **options):
 
 
 def alone_scores(model, prompt, completion):
-    logits = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    ids = torch.tensor([[*prompt, *completion]], device=model.device)
+    hidden = model.model(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+    with torch.autocast(ids.device.type, enabled=False):  # the head works in float32 throughout the learner
+        logits = hidden.to(model.lm_head.weight.dtype) @ model.lm_head.weight.T
     logps = (logits / StandIn.temperature).log_softmax(-1)
-    return logps.gather(-1, torch.tensor(completion)[:, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
+    return logps.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
 
 
 def error(got, expected) -> float:
@@ -106,7 +110,7 @@ def error(got, expected) -> float:
 def gradient(scores, model, keep=False) -> torch.Tensor:
     """Of a loss that weighs each token's log-prob and entropy differently, with respect to all parameters."""
     logps, entropies = scores
-    weights = torch.linspace(0.5, 1.5, len(logps), dtype=logps.dtype)
+    weights = torch.linspace(0.5, 1.5, len(logps), dtype=logps.dtype, device=logps.device)
     loss = (logps * weights).sum() + 0.3 * (entropies * weights.flip(0)).sum()
     parameters = list(model.parameters())
     found = torch.autograd.grad(loss, parameters, retain_graph=keep, allow_unused=True)
