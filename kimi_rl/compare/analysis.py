@@ -14,7 +14,11 @@ from kimi_rl.compare.statistics import Difference, area, first_crossing, paired_
 Curves = dict[tuple[str, int], StageCurves]  # by arm and seed, of the compared stage
 
 _UNITS = {"step": "steps", "tokens": "tokens", "seconds": "s"}
-FIGURE_NAMES = {"auc": "mean held-out accuracy over the stage", "final": "held-out accuracy at the end"}
+FIGURE_NAMES = {
+    "auc": "mean held-out accuracy over the stage",
+    "final": "held-out accuracy at the end",
+    "gain": "gain in held-out accuracy over the stage",
+}
 
 
 def compare_arms(
@@ -64,7 +68,9 @@ def _compare(
 def _accuracy_figure(stage: StageCurves, key: str, per_problem: bool) -> np.ndarray:
     """A figure of a run: [problems] where every problem's result is known, else a number."""
     values = stage.solved.astype(np.float64) if per_problem else stage.evals["held_out_accuracy"]
-    return area(stage.evals["step"], values) if key == "auc" else values[..., -1]
+    if key == "auc":
+        return area(stage.evals["step"], values)
+    return values[..., -1] - (values[..., 0] if key == "gain" else 0.0)
 
 
 def _figure(key: str, name: str, unit: str, ours: np.ndarray, theirs: np.ndarray, **more: Any) -> dict[str, Any]:
@@ -90,7 +96,8 @@ def _sampled(ours: list[StageCurves], theirs: list[StageCurves]) -> list[dict[st
 def _time_to(ours: list[StageCurves], theirs: list[StageCurves], threshold: float, axis: str) -> dict[str, Any]:
     """Steps, tokens or seconds until the held-out accuracy first reaches `threshold`.
 
-    A run that never does counts with all it had, which makes the difference too small if anything.
+    A run that never does counts with all it had. Such means are lower bounds, and their difference has no interval:
+    what the run would have needed is not known.
     """
     values, reached = [], []
     for side in (ours, theirs):
@@ -99,8 +106,10 @@ def _time_to(ours: list[StageCurves], theirs: list[StageCurves], threshold: floa
             np.array([stage.evals[axis][-1] if x is None else x for stage, x in zip(side, found, strict=True)])
         )
         reached.append(sum(x is not None for x in found))
-    more = {"reached": {"arm": reached[0], "reference": reached[1], "of": len(ours)}}
+    more: dict[str, Any] = {"reached": {"arm": reached[0], "reference": reached[1], "of": len(ours)}}
     name = f"{axis if axis != 'step' else 'steps'} to {threshold:.0%} held-out accuracy"
+    if min(reached) < len(ours):
+        more |= {"interval": None, "se": None, "seeds_needed": None}
     return _figure(f"{axis}_to_{threshold:g}", name, _UNITS[axis], *values, **more)
 
 

@@ -49,8 +49,8 @@ class Comparison(Section):
     seeds: list[NonNegative] = Field(default_factory=lambda: [0, 1, 2], min_length=1)
     reference: str | None = Field(None, description="The arm that the others are compared with; unset: the first.")
     stage: str | None = Field(None, description="The stage whose curves are compared; unset: the last RLVR stage.")
-    primary: Literal["auc", "final"] = Field(
-        "auc", description="The figure that decides: mean held-out accuracy over the stage, or at its end."
+    primary: Literal["auc", "final", "gain"] = Field(
+        "auc", description="What decides: mean held-out accuracy over the stage, at its end, or its gain in the stage."
     )
     thresholds: list[Annotated[float, Field(gt=0, lt=1)]] = Field(
         default_factory=lambda: [0.5], description="Held-out accuracies whose first crossing is timed."

@@ -66,6 +66,9 @@ def test_a_real_difference_is_found(curves):
     assert figures["step_to_0.5"]["reached"]["of"] == 3 and figures["step_to_0.5"]["value"] < 0
     unreached = figures["step_to_0.99"]
     assert unreached["reached"]["reference"] == 0 and unreached["reference_mean"] == 12
+    assert unreached["interval"] is None, "what a run would have needed is not known"
+    starts = np.mean([solved["hybrid", s][:, 0].mean() - solved["mla", s][:, 0].mean() for s in SEEDS])
+    assert figures["gain"]["value"] == pytest.approx(by_hand - starts)
     json.dumps(found)
 
 

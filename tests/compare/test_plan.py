@@ -85,7 +85,7 @@ ARMS = {"mla": {"model.arch": "mla"}}
     ({"reference": "none"}, ["reference", "'none'", "mla, hybrid"]),
     ({"stage": "rl"}, ["stage", "'rl'", "sft, rlvr"]),
     ({"thresholds": [50]}, ["thresholds.0", "less than 1"]),
-    ({"primary": "last"}, ["primary", "auc or final"]),
+    ({"primary": "last"}, ["primary", "auc, final or gain"]),
     ({"sedes": [1]}, ["unknown key `sedes`", "`seeds`"]),
     ({"efficiency": {"contexts": [1]}}, ["efficiency.contexts", "`efficiency.context`"]),
     ({"base": "missing.yaml"}, ["base", "missing.yaml", "no such file"]),
