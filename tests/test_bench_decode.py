@@ -6,9 +6,9 @@ import pytest
 from runs import run
 
 from kimi_rl.bench import decode
-from kimi_rl.bench.decode import bench_decode, memory_floor, parse_models, timed_folder
+from kimi_rl.bench.decode import bench_decode, load_longest, memory_floor, parse_models, timed_folder
 from kimi_rl.compare.panels import decode_panels
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, RunError
 from kimi_rl.model.presets import build_config, describe
 from kimi_rl.recipe import ModelSection
 
@@ -19,12 +19,13 @@ def test_two_arms(tiny_models, engine, monkeypatch):
         pytest.importorskip("vllm")
     monkeypatch.setitem(decode._COPY_BYTES, "cpu", 2**20)
     arms = {arch: str(tiny_models[arch, "dense"]) for arch in ("hybrid", "mla")}
-    found = bench_decode(arms, context=[24, 12], tokens=3, repeats=1, batch=2, engine=engine)
+    found = bench_decode(arms, context=[24, 12], tokens=12, repeats=3, batch=2, engine=engine)
     assert found["engine"] == engine and [model["name"] for model in found["models"]] == ["hybrid", "mla"]
     for model in found["models"]:
         assert [row["context"] for row in model["rows"]] == [12, 24]
         for row in model["rows"]:
-            assert row["prefill_s"] > 0 and row["prefill_s_all"] == [row["prefill_s"]]
+            assert row["prefill_s"] == min(row["one_token_s"]) > 0 and len(row["all_tokens_s"]) == 3
+            assert row["token_s"] == pytest.approx((min(row["all_tokens_s"]) - row["prefill_s"]) / 12)
             moved = row["weight_bytes"] + row["kv_bytes"] + row["state_bytes"]
             assert row["floor_s"] == pytest.approx(moved / found["copy_bytes_per_s"])
     json.dumps(found)
@@ -55,6 +56,19 @@ def test_nothing_stops_a_timing_and_the_model_stays_as_it_is(tiny_models):
         assert max(config.get(k, 0) for k in ("max_position_embeddings", "model_max_length")) == 10**6
         assert (timed / "model.safetensors").resolve() == (folder / "model.safetensors").resolve()
     assert (folder / "config.json").read_text() == before
+
+
+def test_contexts_that_do_not_fit_are_rows_with_an_error():
+    def make(max_model_len):
+        if max_model_len > 25:
+            raise ValueError(f"no room\nfor {max_model_len}")
+        return max_model_len
+
+    engine, fitting, refused = load_longest(make, [10, 20, 30, 40], 5)
+    assert engine == 25 and fitting == [10, 20]
+    assert refused == [{"context": 30, "error": "no room for 35"}, {"context": 40, "error": "no room for 45"}]
+    with pytest.raises(RunError, match="even at 30 tokens: no room"):
+        load_longest(make, [30, 40], 5)
 
 
 def test_models_of_the_command_line(tiny_models, tmp_path):

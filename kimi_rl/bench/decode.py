@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -44,16 +45,16 @@ def bench_decode(
     """Time models on random prompts of `context` tokens, through the real engine (vLLM on a GPU: bf16, CUDA graphs).
 
     `models`: name -> checkpoint folder, or `arch:size` of a preset (`hybrid:large`) with random weights. Prefill time
-    is a call that generates one token; time per output token is what each of `tokens` more adds. One call of each
-    warms up. End-of-sequence tokens do not stop these calls, and since the layers have no positions, a model is timed
-    beyond its max_position_embeddings.
+    is a call that generates one token; time per output token is what each of `tokens` more adds. Both are the best of
+    `repeats`, since other work on the machine only ever adds; one call of each warms up. End-of-sequence tokens do not
+    stop these calls, and since the layers have no positions, a model is timed beyond its max_position_embeddings.
 
     Returns:
-        `models`: name, parameters, and `rows` by context: `prefill_s` and `token_s` (medians; `..._all` has every
-        repeat), `tokens_per_s` of the batch, `floor_s` and what it is made of: `weight_bytes` that one token uses,
-        `kv_bytes` read, and `state_bytes`, read and written, of the whole batch, over `copy_bytes_per_s`, the measured
-        speed of a copy on the device (bytes read plus written). A context that does not fit gets an `error` in place
-        of figures.
+        `models`: name, parameters, and `rows` by context: `prefill_s` and `token_s`, with the seconds of every repeat
+        (`one_token_s`, `all_tokens_s`), `tokens_per_s` of the batch, `floor_s` and what it is made of: `weight_bytes`
+        that one token uses, `kv_bytes` read, and `state_bytes`, read and written, of the whole batch, over
+        `copy_bytes_per_s`, the measured speed of a copy on the device (bytes read plus written). A context that does
+        not fit gets an `error` in place of figures.
     """
     for length in context:
         if length < 1:
@@ -69,17 +70,19 @@ def bench_decode(
     for label, source in models.items():
         with timed_folder(source, max(context) + tokens + 2) as folder:
             config = KimiLinearConfig.from_pretrained(folder)
-            loaded = build_engine(
-                name, str(folder), batch_size=batch, max_model_len=max(context) + tokens + 2, seed=seed,
-                device=device, engine_args=engine_args or {}, policy_version=0,
+            make = partial(
+                build_engine, name, str(folder), batch_size=batch, seed=seed, device=device,
+                engine_args=engine_args or {}, policy_version=0,
             )  # fmt: skip
+            loaded, fitting, rows = load_longest(make, sorted(context), tokens + 2)
             try:
-                rows = [
+                measured = [
                     _row(loaded, config, name, device, bandwidth, length, tokens, repeats, batch, seed)
-                    for length in sorted(context)
+                    for length in fitting
                 ]
             finally:
                 loaded.close()
+            rows = measured + rows
             del loaded
             if device == "cuda":
                 torch.cuda.empty_cache()
@@ -98,6 +101,27 @@ def bench_decode(
         "models": figures,
         "environment": describe_environment(),
     }
+
+
+def load_longest(
+    make: Callable[..., RolloutEngine], context: Sequence[int], more: int
+) -> tuple[RolloutEngine, list[int], list[dict[str, Any]]]:
+    """An engine for the longest of the rising `context` lengths, plus `more` tokens, whose cache the device holds.
+
+    Returns it with the lengths that fit, and an `error` row for each that does not. Raises RunError where none fits.
+    """
+    refused: list[dict[str, Any]] = []
+    for count in range(len(context), 0, -1):
+        try:
+            return make(max_model_len=context[count - 1] + more), list(context[:count]), refused
+        except InputError:
+            raise
+        except (ValueError, RuntimeError) as error:  # what vLLM raises where the cache does not fit
+            refused.insert(0, {"context": context[count - 1], "error": " ".join(str(error).split())[:200]})
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    raise RunError(f"the engine does not start even at {context[0]} tokens: {refused[0]['error']}")
 
 
 def parse_models(sources: Sequence[str]) -> dict[str, str]:
@@ -156,25 +180,28 @@ def _row(
     generator = torch.Generator().manual_seed(derive_seed(seed, "decode", length))
     prompts = torch.randint(low, high, (batch, length), generator=generator).tolist()
     requests = [Request(prompt, derive_seed(seed, "decode", length, i)) for i, prompt in enumerate(prompts)]
-    prefill, token = [], []
+    one: list[float] = []
+    more: list[float] = []
     try:
-        for repeat in range(repeats + 1):
-            one, more = (_time(engine, requests, count) for count in (1, tokens + 1))
-            if repeat:  # the first warms up: kernels are compiled, memory is mapped
-                prefill.append(one)
-                token.append((more - one) / tokens)
+        for _ in range(repeats + 1):
+            one.append(_time(engine, requests, 1))
+            more.append(_time(engine, requests, tokens + 1))
     except (torch.OutOfMemoryError, InputError) as error:
         return {"context": length, "error": " ".join(str(error).split())[:200]}
+    # The first of each warms up: kernels are compiled, memory is mapped.
+    prefill, token = min(one[1:]), (min(more[1:]) - min(one[1:])) / tokens
+    times = {"one_token_s": one[1:], "all_tokens_s": more[1:]}
+    if token <= 0:
+        return {"context": length, "error": "the tokens' time drowns in the prefill's noise; raise --tokens", **times}
     floor = memory_floor(config, length + tokens // 2, batch, bfloat16=name == "vllm" and device == "cuda")
     return {
         "context": length,
-        "prefill_s": median(prefill),
-        "token_s": median(token),
-        "tokens_per_s": batch / median(token),
+        "prefill_s": prefill,
+        "token_s": token,
+        "tokens_per_s": batch / token,
         "floor_s": sum(floor.values()) / bandwidth,
         **floor,
-        "prefill_s_all": prefill,
-        "token_s_all": token,
+        **times,
     }
 
 

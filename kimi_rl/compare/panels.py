@@ -69,7 +69,7 @@ _COLUMNS = (
     _Column("train", "completion_length", "Completion length", y_label="tokens"),
     _Column("evals", "mean_length", "Completion length, held-out", y_label="tokens"),
     _Column("train", "mismatch_kl", "Mismatch of trainer and engine: KL (k3)", y_label="nats", log=True),
-    _Column("train", "staleness", "Staleness of the samples", y_label="updates", smooth=False),
+    _Column("train", "staleness_mean", "Staleness of the samples", y_label="updates behind", smooth=False),
     _Column("train", "truncated_share", "Completions cut off", percent=True),
 )
 _ONLY = {"sft": {"loss", "mean_token_accuracy", "held_out_accuracy", "avg_at_k", "entropy", "mean_length"}}
@@ -189,7 +189,7 @@ def decode_panels(decode: dict[str, Any]) -> list[Panel]:
             if key == "token_s":
                 floor = np.array([1e3 * row["floor_s"] for row in rows])
                 lines.append(Line(f"{model['name']}: memory floor", colour, x, Band(floor, None, None)))
-        note = f"{decode['device']}, {decode['engine']}, batch {decode['batch']}, median of {decode['repeats']}"
+        note = f"{decode['device']}, {decode['engine']}, batch {decode['batch']}, best of {decode['repeats']}"
         if lines:
             panels.append(Panel("efficiency", title, note, "context length", lines, "ms", log=True, log_x=True))
     return panels

@@ -131,17 +131,19 @@ def make_runs(
 
 
 class _Slots:
-    """Slot actors, each with a placement group of one CPU and, where there are cards, one card."""
+    """Slot actors. Several have a placement group each, of one card where there are any; one alone may use all."""
 
     def __init__(self, count: int):
         cards = int(ray.cluster_resources().get("GPU", 0))
         if cards:
             count = min(count, cards)
         bundle = {"GPU": 1.0} if cards else {"CPU": 1.0}
-        self._groups = [placement_group([bundle]) for _ in range(count)]
+        self._groups = [placement_group([bundle]) if count > 1 else None for _ in range(count)]
         self._actors = [self._start(group) for group in self._groups]
 
     def _start(self, group: Any) -> Any:
+        if group is None:
+            return RunSlot.remote()
         # The learner and the rollout workers that a run starts land in the same group, so on the same card.
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
         return RunSlot.options(scheduling_strategy=strategy).remote()
@@ -159,7 +161,8 @@ class _Slots:
     def close(self) -> None:
         for actor, group in zip(self._actors, self._groups, strict=True):
             ray.kill(actor)
-            remove_placement_group(group)
+            if group is not None:
+                remove_placement_group(group)
 
 
 @contextlib.contextmanager
