@@ -36,12 +36,12 @@ from kimi_rl.rollout.transformers_engine import TransformersEngine
 from kimi_rl.run_dir import RunDir
 
 MAX_TOKENS = 32
-ARITHMETIC = {"task": "arithmetic", "params": {"level": 2, "digits": 1, "terms": 3}, "held_out_size": 400}
+ARITHMETIC = {"task": "arithmetic", "params": {"level": 2, "digits": 1, "terms": 3}, "held_out_size": 250}
 SLIPS = {**ARITHMETIC, "params": {**ARITHMETIC["params"], "slip_share": 0.6}}
-REVERSAL = {"task": "palindrome", "params": {"length": 3}, "held_out_size": 400}
+REVERSAL = {"task": "palindrome", "params": {"length": 3}, "held_out_size": 250}
 ENGINE = {"engine": "transformers", "max_tokens": MAX_TOKENS, "batch_size": 256}
 RL = {
-    "kind": "rlvr", "steps": 60, "prompts_per_step": 16, "group_size": 8, "learning_rate": 1.0e-4,
+    "kind": "rlvr", "steps": 60, "prompts_per_step": 8, "group_size": 8, "learning_rate": 2.0e-4,
     "scale_rewards": "none", "loss_type": "k15", "tau": 0.05, "rollout": ENGINE, "checkpoint_every": 1000,
     "mismatch": {"max_kl": None}, "eval": {"limit": 1},
 }  # fmt: skip
@@ -156,7 +156,7 @@ def experiment(name: str, work: Path, seeds: list[int], steps: int) -> dict[str,
         data, engine = ARITHMETIC, None
     elif name == "tis":
         start = sft_model(work, "slips", SLIPS, 300)
-        noisy = {**rl, "rollout": {**ENGINE, "engine_args": {"noise": 0.5}}}
+        noisy = {**rl, "rollout": {**ENGINE, "engine_args": {"noise": 2.0}}}
         arms = {"corrected": noisy, "uncorrected": {**noisy, "importance_sampling": {"enabled": False}}}
         data, engine = ARITHMETIC, NoisyEngine
     else:

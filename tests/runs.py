@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import psutil
@@ -63,6 +65,26 @@ def start(*args) -> subprocess.Popen:
 
 def run(*args, timeout=400) -> subprocess.CompletedProcess:
     return subprocess.run(command(*args), env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def run_inside(*args) -> subprocess.CompletedProcess:
+    """The command in this process, whose imports are paid for: for what ends before a model loads."""
+    from unittest import mock
+
+    from kimi_rl.cli import main
+
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with (
+        mock.patch.object(sys, "argv", ["kimi-rl", *map(str, args)]),
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+    return subprocess.CompletedProcess(args, code, out.getvalue(), err.getvalue())
 
 
 def summary(out: Path) -> dict:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import run
+from runs import run, run_inside
 
 from kimi_rl.bench.learner import bench_learner
 from kimi_rl.bench.parity import compare
@@ -52,7 +52,7 @@ def test_bad_input(tmp_path, tiny_models):
         (("sync", tiny_models["hybrid", "dense"], "--transport", "pigeon"), "pigeon"),
         (("parity", tiny_models["hybrid", "dense"], "--engine-arg", "oops"), "KEY=VALUE"),
     ]:
-        done = run("bench", *arguments)
+        done = run_inside("bench", *arguments)
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 

@@ -5,13 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from runs import command, environment, run, write_recipe
+from runs import command, environment, run, run_inside, write_recipe
 
 
-def refused(tmp_path: Path, *overrides: str, recipe: Path | None = None, out: Path | None = None) -> str:
+def refused(tmp_path: Path, *overrides: str, recipe: Path | None = None, out: Path | None = None, by=run_inside) -> str:
     target = out or tmp_path / "run"
     before = sorted(target.rglob("*")) if target.exists() else None
-    done = run("train", recipe or write_recipe(tmp_path), *overrides, "--out", target, timeout=120)
+    done = by("train", recipe or write_recipe(tmp_path), *overrides, "--out", target)
     assert done.returncode == 2, done.stdout + done.stderr
     text = done.stderr.strip()
     assert len(text.splitlines()) == 1 and text.startswith("error: "), text
@@ -59,7 +59,8 @@ def test_model_folder_without_config(tmp_path):
 
 
 def test_missing_recipe(tmp_path):
-    assert "nothing.yaml" in refused(tmp_path, recipe=tmp_path / "nothing.yaml")
+    for by in (run, run_inside):  # a process of its own, and the way the other tests here take
+        assert "nothing.yaml" in refused(tmp_path, recipe=tmp_path / "nothing.yaml", by=by)
 
 
 def test_non_empty_output_folder(tmp_path):
@@ -107,18 +108,18 @@ def test_generate_names_the_bad_row(tmp_path, tiny_models):
         ("oops\n", ["row 1", "JSON"]),
     ]:
         prompts.write_text(text)
-        done = run("generate", tiny_models["hybrid", "dense"], "--prompts", prompts)
+        done = run_inside("generate", tiny_models["hybrid", "dense"], "--prompts", prompts)
         assert done.returncode == 2
         assert len(done.stderr.strip().splitlines()) == 1 and all(word in done.stderr for word in words), done.stderr
 
 
 def test_verify_says_why(tmp_path):
-    done = run("verify", "--gold", "1/2", "--answer", "0.5", "--json")
+    done = run_inside("verify", "--gold", "1/2", "--answer", "0.5", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["status"] == "correct"
     cases = tmp_path / "cases.jsonl"
     cases.write_text('{"gold": "4", "completion": "so #### 4"}\n{"gold": "4", "completion": "so #### 5"}\n')
-    done = run("verify", "--cases", cases, "--json")
+    done = run_inside("verify", "--cases", cases, "--json")
     assert [json.loads(line)["status"] for line in done.stdout.splitlines()] == ["correct", "wrong"]
 
 
@@ -145,7 +146,7 @@ def test_eval(tmp_path, tiny_models):
     ],
 )
 def test_eval_mistakes(tiny_models, arguments, words):
-    done = run("eval", tiny_models["hybrid", "dense"], *arguments)
+    done = run_inside("eval", tiny_models["hybrid", "dense"], *arguments)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
     assert all(word in done.stderr for word in words), done.stderr
 

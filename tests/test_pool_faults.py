@@ -81,14 +81,16 @@ def test_an_engine_that_fails_to_start_once(make_pool):
     check_all_answered(pool, 0)
 
 
-@pytest.mark.parametrize("fault,words", [("CannotStart", "out of memory"), ("HangsAtStart", "start_timeout_s")])
-def test_an_engine_that_never_starts_is_one_clear_error(make_pool, fault, words):
-    pool = make_pool(getattr(fault_engines, fault), arguments={"times": 99}, max_restarts=1, start_timeout_s=8.0)
+@pytest.mark.parametrize(
+    "fault,words,limit", [("CannotStart", "out of memory", 60.0), ("HangsAtStart", "start_timeout_s", 8.0)]
+)
+def test_an_engine_that_never_starts_is_one_clear_error(make_pool, fault, words, limit):
+    pool = make_pool(getattr(fault_engines, fault), arguments={"times": 99}, max_restarts=1, start_timeout_s=limit)
     start = time.monotonic()
     with pytest.raises(RunError, match="rollout worker 0 failed.*max_restarts") as caught:
         pool.update_weights(weights(0), 0)
     assert words in str(caught.value) and "\n" not in str(caught.value)
-    assert pool.restarts == 1 and time.monotonic() - start < 60
+    assert pool.restarts == 1 and time.monotonic() - start < 150
 
 
 def test_bad_arguments_of_an_engine_are_not_tried_again(make_pool):

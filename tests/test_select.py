@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from runs import run
+from runs import run_inside
 
 from kimi_rl.dataset import load_problems
 from kimi_rl.errors import InputError
@@ -125,6 +125,6 @@ def test_mistakes_on_the_command_line(tmp_path, tiny_models):
         ((model, "arithmetic", "data.params.levl=1"), ["levl"]),
         ((tmp_path, "arithmetic"), ["config.json"]),
     ]:
-        done = run("select", *arguments, "--out", tmp_path / "kept.jsonl")
+        done = run_inside("select", *arguments, "--out", tmp_path / "kept.jsonl")
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
         assert all(word in done.stderr for word in words), done.stderr
