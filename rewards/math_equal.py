@@ -6,6 +6,7 @@ docs/rewards.md lists the rules with examples; tests/rewards/test_pairs.py holds
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 
 import sympy
 from math_verify import verify as math_verify
@@ -19,6 +20,7 @@ from kimi_rl.rewards.numeric import (
     constant_ratio,
     constants_equal,
     expressions_equal,
+    is_undefined,
     rounds_to,
     unknowns,
 )
@@ -49,6 +51,8 @@ def math_equal(answer: str, gold: str) -> Outcome:
         gold_node = read(gold_text)
     except (Unreadable, RecursionError) as error:
         return "unparseable_gold", f"the gold answer cannot be read: {error}"
+    if any(is_undefined(scalar.expr) for scalar in _scalars(gold_node)):
+        return "unparseable_gold", "the gold answer has no value: it divides by zero or the like"
     try:
         answer_text = normalize(answer)
         if squash(answer_text) == squash(gold_text):
@@ -63,6 +67,15 @@ def math_equal(answer: str, gold: str) -> Outcome:
     except (Undefined, Unsupported, RecursionError) as error:
         return "wrong", f"the two cannot be compared: {error or 'undefined'}"
     return ("correct", "equal") if same else ("wrong", f"not equal to {gold_text[:60]}")
+
+
+def _scalars(node: Node) -> Iterator[Scalar]:
+    """Every number and expression in the tree."""
+    if isinstance(node, Scalar):
+        yield node
+    parts = [part for row in node.rows for part in row] if isinstance(node, Matrix) else []
+    for part in (*getattr(node, "items", ()), *getattr(node, "sides", ()), *parts):
+        yield from _scalars(part)
 
 
 def _equal(gold: Node, answer: Node) -> bool:

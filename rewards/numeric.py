@@ -107,6 +107,35 @@ def unknowns(expr: sympy.Basic) -> set[sympy.Basic]:
     return expr.atoms(sympy.Symbol, AppliedUndef)
 
 
+def is_undefined(expr: sympy.Basic) -> bool:
+    """Whether a constant part of `expr` has no value at all: 1/0, 0^{-1}, the logarithm of 0, x + 0/0. Infinity has."""
+    if expr.has(sympy.zoo, sympy.nan):
+        return True
+    for part in sympy.preorder_traversal(expr):
+        if not isinstance(part, (sympy.Pow, sympy.log)) or unknowns(part) or part.has(sympy.oo, -sympy.oo):
+            continue
+        try:
+            with mp.workdps(_BASE_DIGITS):
+                if isinstance(part, sympy.Pow) and _is_zero(part.args[0]):
+                    part = sympy.Pow(0, part.args[1], evaluate=False)
+                _Evaluator({})(part)
+        except Undefined:
+            return True
+        except (TooLarge, Unsupported):
+            continue
+    return False
+
+
+def _is_zero(expr: sympy.Basic) -> bool:
+    """Whether a constant is 0. What rounding leaves of one, as of `\\sin \\pi`, shrinks with the precision."""
+    value = exact(expr)
+    if value is not None:
+        return value == 0
+    rough = abs(_Evaluator({})(expr))
+    with mp.workdps(2 * _BASE_DIGITS):
+        return abs(_Evaluator({})(expr)) <= rough * mpf(10) ** -(_BASE_DIGITS // 2)
+
+
 class _Evaluator:
     """Evaluates at the precision set in `mp`, and notes the largest power of ten met (of values and their
     inverses).

@@ -46,3 +46,33 @@ def test_a_gold_that_cannot_be_read_has_no_value(pool, gold):
     verdict = pool.verify("\\boxed{1}", gold)
     assert (verdict.value, verdict.status) == (None, "unparseable_gold")
     assert verdict.reason
+
+
+UNDEFINED = [
+    "\\frac{1}{0}",
+    "0/0",
+    "0^{-1}",
+    "\\frac{x}{0}",
+    "\\frac{5}{3-3}",
+    "(1, \\frac{1}{0})",
+    "x = \\frac{5}{0}",
+    "\\ln(0)",
+    "\\frac{1}{\\sin(\\pi)}",
+    "\\begin{pmatrix}1 & 1/0\\\\2 & 3\\end{pmatrix}",
+]
+
+
+@pytest.mark.parametrize("gold", UNDEFINED)
+def test_a_gold_that_divides_by_zero_is_not_even_itself(pool, gold):
+    for answer in (gold, "1"):
+        verdict = pool.verify_many([(answer, gold)], extract=())[0]
+        assert (verdict.value, verdict.status) == (None, "unparseable_gold")
+        assert "no value" in verdict.reason
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["\\infty", "(-\\infty, 3]", "0^0", "\\frac{0}{3}", "(10^{-200})^{-1}", "\\frac{1}{e^{-300}}", "\\frac{1}{x}"],
+)
+def test_a_gold_with_a_value_near_those_is_itself(pool, gold):
+    assert pool.verify_many([(f" {gold} ", gold)], extract=())[0].status == "correct"
