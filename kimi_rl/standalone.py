@@ -80,11 +80,11 @@ def parse_engine_args(pairs: list[str]) -> dict[str, Any]:
 
 def _data_section(data: str | None, overrides: list[str], where: str):
     """The `data` section of a recipe from a name on the command line (a task, or else a path) and overrides."""
-    from kimi_rl.dataset.tasks import TASKS
+    from kimi_rl.dataset.tasks import is_task
     from kimi_rl.recipe_load import parse_recipe
 
     if data is not None:
-        overrides = [f"data.{'task' if data in TASKS else 'path'}={data}", *overrides]
+        overrides = [f"data.{'task' if is_task(data) else 'path'}={data}", *overrides]
     return parse_recipe("data: {}\nstages: [{kind: sft, steps: 1}]", overrides, where=where).data
 
 

@@ -54,6 +54,7 @@ class _Worker:
         self._stdin, self._fd = self._process.stdin, self._process.stdout.fileno()
         self._buffer = b""
         self._deadline_s = deadline_s
+        self._longest_s = _STARVED_FACTOR * deadline_s
         self.ready = False
         self.task: Key | None = None
         self.expires = time.monotonic() + _START_TIMEOUT_S
@@ -63,16 +64,15 @@ class _Worker:
 
     def send(self, task: Key) -> None:
         answer, gold, kind = task
-        longest_s = _STARVED_FACTOR * self._deadline_s
         request = {
             "kind": kind,
             "answer": answer,
             "gold": gold,
             "deadline_s": self._deadline_s,
-            "longest_s": longest_s,
+            "longest_s": self._longest_s,
         }
         data = memoryview(json.dumps(request).encode() + b"\n")
-        self.task, self.expires = task, time.monotonic() + longest_s + _GRACE_S
+        self.task, self.expires = task, time.monotonic() + self._longest_s + _GRACE_S
         try:
             while data:
                 data = data[self._stdin.write(data) :]
@@ -85,11 +85,13 @@ class _Worker:
         if not chunk:
             return None
         self._buffer += chunk
-        line, newline, rest = self._buffer.partition(b"\n")
-        if not newline:
-            return {}
-        self._buffer = rest
-        return json.loads(line)
+        while b"\n" in self._buffer:
+            line, _, self._buffer = self._buffer.partition(b"\n")
+            reply = json.loads(line)
+            if "loading" not in reply:
+                return reply
+            self.expires = time.monotonic() + (_START_TIMEOUT_S if reply["loading"] else self._longest_s + _GRACE_S)
+        return {}
 
     def stop(self) -> None:
         """End the process and reap it. Its executor dies with it."""

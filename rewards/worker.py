@@ -7,7 +7,8 @@ again. The supervisor is started by `exec` and forks while it has one thread, so
 number of threads, and no signal handler is involved.
 
 Protocol: one JSON object a line. The supervisor first writes {"ready": true}; then for each request
-{"kind", "answer", "gold", "deadline_s", "longest_s"} one reply {"value", "status", "reason"}.
+{"kind", "answer", "gold", "deadline_s", "longest_s"} one reply {"value", "status", "reason"}, before which
+{"loading": true} and {"loading": false} may stand around an import that takes long.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import time
 
 from kimi_rl.errors import InputError
+from kimi_rl.rewards import reasoning_gym
 from kimi_rl.rewards.kinds import load_function
 from kimi_rl.rewards.verdict import Verdict
 
@@ -143,7 +145,8 @@ class Executor:
             cpu, running = self._cpu_seconds()
             used = cpu - cpu_before
             if used > 0.9 * deadline_s or not (running or cpu > had):
-                break
+                # It sleeps because it hangs, or because its reply came after the wait and before this look at it.
+                return self._replies.line(0.0)
             reply, had = self._replies.line(max(0.05, deadline_s - used)), cpu
         return reply
 
@@ -156,7 +159,7 @@ class Executor:
                 fields = file.read().rpartition(")")[2].split()
         except OSError:
             return 0.0, False
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] in "RD"
 
     def kill(self) -> int:
         """Kill and reap; returns the wait status."""
@@ -195,8 +198,15 @@ def main() -> None:
         if executor is not None and executor.served >= _REQUESTS_PER_EXECUTOR:
             executor.kill()
             executor = None
-        executor = executor or Executor(memory_mb)
         request = json.loads(line)
+        if request["kind"] == reasoning_gym.KIND and not reasoning_gym.is_loaded(request["gold"]):
+            write_all(out, b'{"loading": true}\n')
+            reasoning_gym.preload(request["gold"])
+            write_all(out, b'{"loading": false}\n')
+            if executor is not None:
+                executor.kill()
+                executor = None
+        executor = executor or Executor(memory_mb)
         deadline_s = float(request["deadline_s"])
         reply = executor.ask(line, deadline_s, float(request["longest_s"]))
         if not reply:

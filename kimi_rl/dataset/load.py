@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import datasets
 
@@ -23,7 +23,6 @@ from kimi_rl.recipe import DataSection
 
 log = logging.getLogger(__name__)
 
-TASK_TRAIN_SIZE = 20_000
 HELD_OUT_SIZE = 256
 
 FEATURES = datasets.Features(
@@ -45,15 +44,15 @@ class Problems:
 
     Columns of both: `id`, `question` (as in the source), `prompt` (one user message: question and
     instruction), `solution` (worked, ends in the final answer in a form that the rewards read), `answer`
-    (gold); all str but the prompt. `answer_kind`: "exact" where answers compare as text (sequences), "math"
-    where by value. `dropped` names the rows that were left out, each with the reason. `instruction`: what every
-    prompt asks for after the question; empty for none.
+    (gold); all str but the prompt. `answer_kind`: the `reward.kind` that fits: "exact" where answers compare as text
+    (sequences), "math" where by value, or an import path. `dropped` names the rows that were left out, each with the
+    reason. `instruction`: what every prompt asks for after the question; empty for none.
     """
 
     train: datasets.Dataset
     held_out: datasets.Dataset
     name: str
-    answer_kind: Literal["math", "exact"] = "math"
+    answer_kind: str = "math"
     dropped: tuple[str, ...] = ()
     instruction: str = ""
 
@@ -109,7 +108,8 @@ def _from_task(section: DataSection, evaluation: bool) -> Problems:
     task = get_task(str(section.task))
     params = task.parse_params(section.params)
     sizes = {"train": section.train_size, "held_out": section.held_out_size}
-    defaults = {"train": TASK_TRAIN_SIZE, "held_out": HELD_OUT_SIZE}
+    defaults = {"train": task.train_size, "held_out": task.held_out_size}
+    instruction = task.instruction if section.instruction is None else section.instruction
     made = {}
     for split in ("train", "held_out"):
         wanted = sizes[split] or defaults[split]
@@ -122,13 +122,11 @@ def _from_task(section: DataSection, evaluation: bool) -> Problems:
                 f"about {len(problems)} different {split} problems; ask for fewer or allow longer ones"
             )
         rows = [
-            Row(f"{task.name}/{split}/{number}", problem.question, problem.solution, problem.answer, "hash")
+            Row(f"{task.name}/{split}/{number}", problem.question, problem.solution, problem.answer, task.form)
             for number, problem in enumerate(problems)
         ]
-        made[split] = _dataset(rows, section.instruction or "")
-    return Problems(
-        made["train"], made["held_out"], task.name, task.answer_kind, instruction=section.instruction or ""
-    )
+        made[split] = _dataset(rows, instruction)
+    return Problems(made["train"], made["held_out"], task.name, task.answer_kind, instruction=instruction)
 
 
 @dataclass

@@ -83,6 +83,23 @@ def test_a_hang_costs_its_deadline_and_little_more(pool):
     assert 0.5 <= time.monotonic() - start < 2.5
 
 
+def test_a_reply_that_came_between_two_looks_is_no_timeout():
+    """On a crowded machine the executor may answer after the wait ended and sleep before it is looked at."""
+    from kimi_rl.rewards.worker import Executor
+
+    class Late:
+        def line(self, timeout_s):
+            return None if timeout_s > 0 else b"late"
+
+    read_end, write_end = os.pipe()
+    executor = object.__new__(Executor)
+    executor.served, executor._requests, executor._replies = 0, write_end, Late()
+    executor._cpu_seconds = lambda: (0.0, False)
+    assert executor.ask(b"request\n", 0.01, 0.04) == b"late"
+    os.close(read_end)
+    os.close(write_end)
+
+
 def test_order_with_two_workers():
     pairs = [(f"\\boxed{{{i}x}}", f"x*{i + i % 2}") for i in range(1, 41)]
     with VerifierPool(workers=2) as pool:

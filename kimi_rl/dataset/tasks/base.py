@@ -22,7 +22,7 @@ Split = Literal["train", "held_out"]
 
 HELD_OUT_SHARE = 8  # one problem in 8 is held out
 _MAX_DRAWS = 2000  # a split that holds an eighth of all problems is missed this often with probability 1e-116
-_STALE_DRAWS = 500  # give up after so many problems in a row that were seen before: the space is used up
+STALE_DRAWS = 500  # give up after so many problems in a row that were seen before: the space is used up
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,15 @@ class Task:
     draw: Callable[[random.Random, Any], Problem]
     answer_kind: Literal["math", "exact"]
     split_key: Callable[[str], str] = str
+    # Used where the recipe names no size and no instruction; `form`: how solutions state the answer.
+    train_size: int = 20_000
+    held_out_size: int = 256
+    instruction: str = ""
+    form: str = "hash"
 
     def split_of(self, question: str) -> Split:
         """The one split that `question` belongs to."""
-        return "held_out" if _hash(self.name, self.split_key(question)) % HELD_OUT_SHARE == 0 else "train"
+        return "held_out" if stable_hash(self.name, self.split_key(question)) % HELD_OUT_SHARE == 0 else "train"
 
     def generate(self, index: int, split: Split, seed: int, params: TaskParams) -> Problem:
         """Problem number `index` (from 0) of `split`: fixed by its arguments, the same in every process.
@@ -66,7 +71,7 @@ class Task:
         Two indices may give the same problem; `problems` leaves repeats out. Raises InputError where the
         parameters leave no problem in the split.
         """
-        rng = random.Random(_hash(self.name, split, seed, index))
+        rng = random.Random(stable_hash(self.name, split, seed, index))
         for _ in range(_MAX_DRAWS):
             problem = self.draw(rng, params)
             if self.split_of(problem.question) == split:
@@ -80,7 +85,7 @@ class Task:
         """The first `size` different problems of `split`; fewer where the parameters allow no more."""
         found: dict[str, Problem] = {}
         index = stale = 0
-        while len(found) < size and stale < _STALE_DRAWS:
+        while len(found) < size and stale < STALE_DRAWS:
             problem = self.generate(index, split, seed, params)
             index += 1
             stale = stale + 1 if problem.question in found else 0
@@ -125,7 +130,7 @@ def symbol_names(count: int) -> list[str]:
 MAX_SYMBOLS = 62 * 62
 
 
-def _hash(*parts: object) -> int:
+def stable_hash(*parts: object) -> int:
     """64-bit hash that, unlike Python's own, is the same in every process."""
     text = "\x1f".join(map(str, parts))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
