@@ -58,11 +58,15 @@ def check_inputs(recipe: Recipe) -> None:
 
     from kimi_rl.dataset import load_problems
     from kimi_rl.model.presets import build_config
+    from kimi_rl.rewards.kinds import load_function
 
     if recipe.model.path is None:
         build_config(recipe.model, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     else:
         check_model_folder(recipe.model.path)
+    for term in recipe.reward.terms:
+        if ":" in term.use:
+            load_function(term.use)
     for data in recipe.all_data():
         load_problems(data)
 

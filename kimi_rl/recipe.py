@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from kimi_rl.errors import InputError
 from kimi_rl.rewards.kinds import check_kind
+from kimi_rl.rewards.terms import NAMED, build_term, check_name, term_name
 
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -45,10 +47,10 @@ class TokenizerSection(Section):
 class DataSection(Section):
     """Problems to train on and to evaluate on."""
 
-    task: str | None = Field(None, description="A built-in procedural task: arithmetic, palindrome, mqar, stack.")
+    task: str | None = Field(None, description="Procedural: arithmetic, palindrome, mqar, stack, reasoning_gym/NAME.")
     path: str | None = Field(None, description="A hub id (openai/gsm8k), or a local folder or file in its columns.")
     params: dict[str, Any] = Field(default_factory=dict, description="Parameters of a procedural task.")
-    train_size: Positive | None = Field(None, description="Training problems to use; procedural tasks: 20,000.")
+    train_size: Positive | None = Field(None, description="Training problems; unset: all (built-in tasks: 20,000).")
     held_out_size: Positive | None = Field(None, description="Held-out problems for evaluation (default 256).")
     seed: int = Field(0, description="Seed of procedural problems and of subsampling; not the run's seed.")
     instruction: str | None = Field(None, description="Text appended to every question; unset: the data set's own.")
@@ -159,8 +161,25 @@ class MismatchGate(Section):
     )
 
 
+class RewardTerm(Section):
+    """A further term of the reward."""
+
+    use: str = Field(
+        description="`think_format`, `think_answer_format`, `overlong` (DAPO), `repetition`, or a TRL reward "
+        "function as `package.module:function`."
+    )
+    weight: float = Field(1.0, description="Its factor in the sum.")
+    params: dict[str, Any] = Field(default_factory=dict, description="See docs/rewards.md.")
+
+    @field_validator("use")
+    @classmethod
+    def _known(cls, use: str) -> str:
+        check_name(use)
+        return use
+
+
 class RewardSection(Section):
-    """How a completion is scored."""
+    """How a completion is scored: the verdict on its answer, and in training further terms. Evaluation has none."""
 
     kind: str = Field(
         "auto",
@@ -170,6 +189,7 @@ class RewardSection(Section):
     extract: list[Literal["boxed", "hash", "answer"]] = Field(
         ["boxed", "hash"], description="Markers of a final answer; empty: the whole completion is the answer."
     )
+    terms: list[RewardTerm] = Field(default_factory=list, description="Added to the verdict in rlvr stages.")
     deadline_s: float = Field(5.0, gt=0, description="A verdict that takes longer is `timeout`, scored 0.")
     workers: Positive = 1
 
@@ -393,6 +413,20 @@ class Recipe(Section):
         if self.reward.kind not in ("auto", "math"):
             for data in self.all_data():
                 data.check_golds = False  # what a gold must look like is then the reward function's business
+        return self
+
+    @model_validator(mode="after")
+    def _reward_terms(self) -> Recipe:
+        names = [term_name(term.use) for term in self.reward.terms]
+        for number, (name, term) in enumerate(zip(names, self.reward.terms, strict=True)):
+            if names.count(name) > 1:
+                raise ValueError(f"reward.terms: {name!r} stands {names.count(name)} times; add up its weights")
+            for stage in self.stages if term.use in NAMED else ():
+                if isinstance(stage, RLVRStage):
+                    try:
+                        build_term(term.use, term.params, max_length=stage.rollout.max_tokens)
+                    except InputError as error:
+                        raise ValueError(f"reward.terms.{number}: {error} (stage {stage.name})") from None
         return self
 
     @model_validator(mode="after")

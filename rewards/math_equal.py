@@ -51,7 +51,7 @@ def math_equal(answer: str, gold: str) -> Outcome:
         gold_node = read(gold_text)
     except (Unreadable, RecursionError) as error:
         return "unparseable_gold", f"the gold answer cannot be read: {error}"
-    if any(is_undefined(scalar.expr) for scalar in _scalars(gold_node)):
+    if any(is_undefined(scalar.expr, scalar.text) for scalar in _scalars(gold_node)):
         return "unparseable_gold", "the gold answer has no value: it divides by zero or the like"
     try:
         answer_text = normalize(answer)

@@ -8,6 +8,7 @@ fixed number of decimals makes 1/2^99 equal 1/2^98.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -22,6 +23,7 @@ _MOST_FACTORIAL = 20_000
 _MOST_MAGNITUDE = 3_000
 _BASE_DIGITS = 100
 _POINTS = 10
+_OVER_ZERO = re.compile(r"/\s*\(?\s*0(?![\d.])|\}\s*\{\s*0+\s*\}")
 _WHOLE_NUMBER_NAMES = frozenset("nkmNKMj")
 
 
@@ -107,10 +109,15 @@ def unknowns(expr: sympy.Basic) -> set[sympy.Basic]:
     return expr.atoms(sympy.Symbol, AppliedUndef)
 
 
-def is_undefined(expr: sympy.Basic) -> bool:
-    """Whether a constant part of `expr` has no value at all: 1/0, 0^{-1}, the logarithm of 0, x + 0/0. Infinity has."""
+def is_undefined(expr: sympy.Basic, text: str) -> bool:
+    """Whether a constant part of `expr` has no value at all: 1/0, 0^{-1}, the logarithm of 0, x + 0/0. Infinity has.
+
+    `text`: how it was written. `05:00` is no division, and the parser makes zoo of harmless texts, too (\\gamma^2-1).
+    """
+    if ":" in text:
+        return False
     if expr.has(sympy.zoo, sympy.nan):
-        return True
+        return _OVER_ZERO.search(text) is not None
     for part in sympy.preorder_traversal(expr):
         if not isinstance(part, (sympy.Pow, sympy.log)) or unknowns(part) or part.has(sympy.oo, -sympy.oo):
             continue

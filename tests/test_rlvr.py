@@ -14,9 +14,10 @@ from kimi_rl.rewards import Verdict
 from kimi_rl.run_dir import RunDir
 
 
-def recipe(**stage) -> Recipe:
+def recipe(reward=None, **stage) -> Recipe:
     return Recipe.model_validate(
         {
+            "reward": reward or {},
             "data": {"task": "arithmetic", "params": {"level": 1}, "train_size": 64, "held_out_size": 4},
             "stages": [
                 {
@@ -43,8 +44,8 @@ def parity_reward(pairs):
 def step(ray_local, tmp_path, tiny_models):
     """Run a stage, with the engine's log-probs shifted by `shift` per token; returns its training rows."""
 
-    def run(shift=0.0, **stage):
-        chosen = recipe(**stage)
+    def run(shift=0.0, **settings):
+        chosen = recipe(**settings)
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         run_dir = RunDir.create(folder, dump_recipe(chosen))
         job = StageJob(chosen, 0, str(folder), str(tiny_models["hybrid", "dense"]), "cpu", 2, resume=False)
@@ -64,6 +65,7 @@ def step(ray_local, tmp_path, tiny_models):
             run_rlvr(context)
         finally:
             context.close()
+        run.rollouts = lambda step: run_dir.read_rollouts("rlvr", step)
         return [row for row in run_dir.read_metrics() if row["type"] == "train"]
 
     return run
@@ -110,10 +112,21 @@ def test_kl_penalty_against_the_starting_model(step):
 
 
 def test_several_updates_and_micro_batches_per_step(step):
-    rows = step(steps=2, updates_per_step=2, micro_batch_size=2, packing="shared_prompt")
+    terms = [{"use": "overlong", "weight": 0.5, "params": {"cache": 8}}]
+    rows = step(
+        steps=2, updates_per_step=2, micro_batch_size=2, packing="shared_prompt", reward={"terms": terms}
+    )  # fmt: skip
     assert [row["step"] for row in rows] == [1, 2]
     assert [row["policy_version"] for row in rows] == [0, 1]
     assert [row["updates"] for row in rows] == [2, 2]
+    # The reward that TRL got is the verdict's, which is 0 or 1 here, and the recipe's terms.
+    samples = step.rollouts(1)
+    for sample in samples:
+        assert sample["reward_overlong"] == -sample["tokens"] / 8
+        assert sample["reward"] - 0.5 * sample["reward_overlong"] in (0.0, 1.0)
+    mean = sum(sample["reward"] for sample in samples) / len(samples)
+    assert rows[0]["reward"] == pytest.approx(mean, abs=1e-5)
+    assert rows[0]["reward_overlong"] == pytest.approx(sum(s["reward_overlong"] for s in samples) / len(samples))
 
 
 def test_the_mismatch_gate_stops_the_run(step):

@@ -18,6 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 from kimi_rl.learner.controllers import Controllers
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.ptx import PTXStream
+from kimi_rl.learner.reward import RecipeReward
 from kimi_rl.learner.stage import CheckpointNames, StageContext
 from kimi_rl.mismatch import Mismatch, MismatchBar, measure_mismatch
 from kimi_rl.model.load_save import load_model
@@ -46,22 +47,6 @@ class Placeholders(Sampler):
 
     def __iter__(self):
         return iter([0] * self._length)
-
-
-class VerifiedReward:
-    """TRL reward function that hands over the rewards of the batch at hand; the verdicts were passed before.
-
-    A completion whose gold answer cannot be parsed gets no reward at all (None), so that it leaves the batch instead
-    of being scored 0.
-    """
-
-    __name__ = "verified"
-
-    def __init__(self):
-        self.values: list[float | None] = []
-
-    def __call__(self, completions: list, **_: Any) -> list[float | None]:
-        return self.values
 
 
 def length_reward_weight(stage: RLVRStage, step: int) -> float:
@@ -110,7 +95,7 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
         self.bar = MismatchBar(self.rlvr.mismatch.max_kl, self.rlvr.mismatch.patience)
         self.step_values: dict[str, Any] = {}
         self._batch: RolloutBatch | None = None
-        self._reward = VerifiedReward()
+        self._reward = RecipeReward(context.recipe.reward, max_length=self.rlvr.rollout.max_tokens)
         self._busy_before: tuple[float, float] | None = None
         super().__init__(args=args, reward_funcs=self._reward, **kwargs)
         # TRL corrects the importance of tokens drawn by another engine only when it believes that engine to be its own
@@ -148,7 +133,7 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
         batch, wait_s = self.queue.take(step)
         self._batch = batch
         weight = length_reward_weight(self.rlvr, step)
-        self._reward.values = shaped_rewards(batch, weight)
+        self._reward.expect(shaped_rewards(batch, weight), batch.verdicts)
         if self.rlvr.beta > 0 and self.rlvr.loss_type != "k15":
             self.beta = self.controllers.kl_coefficient
         output = super()._generate_and_score_completions(batch.rows)
@@ -170,6 +155,7 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
             "effective_share": (output["advantages"] != 0).double().mean().item(),
             "worker_idle_share": self._idle_share(),
             **self._verdict_values(batch),
+            **self._reward.term_means(),
             **self._mismatch_values(output, batch),
         }
         if self.rlvr.length_reward is not None:
@@ -376,6 +362,7 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
                 "status": verdict.status,
                 "reason": verdict.reason,
                 "reward": reward,
+                **self._reward.columns(i),
                 "advantage": advantages[i],
                 "tokens": len(completion.token_ids),
                 "finish_reason": completion.finish_reason,
@@ -383,7 +370,7 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
                 "logprob_sum": sum(completion.logprobs),
             }
             for i, (row, completion, verdict, reward) in enumerate(
-                zip(batch.rows, batch.completions, batch.verdicts, self._reward.values, strict=True)
+                zip(batch.rows, batch.completions, batch.verdicts, self._reward.rewards, strict=True)
             )
         ]
         self.context.run_dir.write_rollouts(self.rlvr.name, self.rollout_step, rows)
