@@ -72,7 +72,17 @@ def test_a_gold_that_divides_by_zero_is_not_even_itself(pool, gold):
 
 @pytest.mark.parametrize(
     "gold",
-    ["05:00", "(\\gamma^{2}-1)c", "\\infty", "(-\\infty, 3]", "0^0", "\\frac{0}{3}", "(10^{-200})^{-1}", "\\frac{1}{e^{-300}}", "\\frac{1}{x}"],
+    [
+        "05:00",
+        "(\\gamma^{2}-1)c",
+        "\\infty",
+        "(-\\infty, 3]",
+        "0^0",
+        "\\frac{0}{3}",
+        "(10^{-200})^{-1}",
+        "\\frac{1}{e^{-300}}",
+        "\\frac{1}{x}",
+    ],
 )
 def test_a_gold_with_a_value_near_those_is_itself(pool, gold):
     assert pool.verify_many([(f" {gold} ", gold)], extract=())[0].status == "correct"
