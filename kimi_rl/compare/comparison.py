@@ -71,6 +71,8 @@ def _measure_decoding(plan: Plan, out: Path, watch: Watch | None) -> list[str]:
         )  # fmt: skip
     except (InputError, RunError, RuntimeError) as error:  # the curves are there all the same
         return [f"decoding was not measured: {' '.join(str(error).split())}"]
+    for model in found["models"]:
+        model["model"] = str(Path(model["model"]).relative_to(out))
     found |= {"asked": asked.model_dump(), "arms": list(models)}
     atomic_write_text(target, json.dumps(found, indent=2) + "\n")
     return []
