@@ -133,10 +133,10 @@ def mixed_tasks(work: Path) -> dict:
     if not (folder / "test.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         for split in ("train", "test"):
-            count = 4000 if split == "train" else 50
+            count = 1500 if split == "train" else 50
             lines = []
             for section in (ARITHMETIC, REVERSAL):
-                problems = load_problems(DataSection.model_validate({**section, "train_size": 4000}))
+                problems = load_problems(DataSection.model_validate({**section, "train_size": 1500}))
                 rows = (problems.train if split == "train" else problems.held_out).select(range(count))
                 lines += [
                     json.dumps({"question": r["prompt"][0]["content"], **{k: r[k] for k in ("answer", "solution")}})
@@ -156,7 +156,7 @@ def experiment(name: str, work: Path, seeds: list[int], steps: int) -> dict[str,
         data, engine = ARITHMETIC, None
     elif name == "tis":
         start = sft_model(work, "slips", SLIPS, 300)
-        noisy = {**rl, "rollout": {**ENGINE, "engine_args": {"noise": 2.0}}}
+        noisy = {**rl, "rollout": {**ENGINE, "engine_args": {"noise": 1.0}}}
         arms = {"corrected": noisy, "uncorrected": {**noisy, "importance_sampling": {"enabled": False}}}
         data, engine = ARITHMETIC, NoisyEngine
     else:
