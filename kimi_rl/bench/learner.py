@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import GRPOConfig, GRPOTrainer
 
 from kimi_rl.errors import InputError
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad
+from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer
 from kimi_rl.model.flops import forward_cost
 from kimi_rl.model.modeling import KimiLinearForCausalLM
 from kimi_rl.model.presets import build_config

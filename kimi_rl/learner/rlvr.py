@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from kimi_rl.learner.controllers import Controllers
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.reward import RecipeReward
 from kimi_rl.learner.stage import CheckpointNames, StageContext
+from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer, add_fused_lm_head
 from kimi_rl.mismatch import Mismatch, MismatchBar, measure_mismatch
 from kimi_rl.model.load_save import load_model
 from kimi_rl.objective import drift_kl, k15_loss, ptx_loss

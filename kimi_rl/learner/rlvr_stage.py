@@ -7,14 +7,13 @@ import json
 import threading
 import time
 
-from trl import GRPOConfig
-
 from kimi_rl.dataset import load_problems
 from kimi_rl.dataset.prompt_order import PromptSampler
 from kimi_rl.errors import InputError
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.rlvr import RLVRLearner
 from kimi_rl.learner.stage import ROLLOUT_STATE, RecordCallback, StageContext
+from kimi_rl.learner.trl_trainers import GRPOConfig
 from kimi_rl.learner.warm_up import warm_up
 from kimi_rl.recipe import RLVRStage
 from kimi_rl.rollout.batches import BatchMaker, RolloutQueue

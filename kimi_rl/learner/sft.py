@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
 
 from kimi_rl.errors import InputError
 from kimi_rl.learner.stage import CheckpointNames, RecordCallback, StageContext
+from kimi_rl.learner.trl_trainers import SFTConfig, SFTTrainer
 from kimi_rl.recipe import SFTStage
 
 
