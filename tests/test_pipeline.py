@@ -109,7 +109,7 @@ def test_real_gsm8k_rows_and_the_mla_arm(tmp_path):
     done = run(
         "train", write_recipe(tmp_path), f"data.path={DATA}/gsm8k", "data.train_size=64", "data.held_out_size=4",
         "model.arch=mla", "stages.sft.steps=2", "stages.sft.max_length=1024", "stages.rlvr.steps=2",
-        "stages.rlvr.prompts_per_step=2", "stages.rlvr.group_size=2", "--out", out,
+        "stages.rlvr.prompts_per_step=2", "stages.rlvr.group_size=2", "stages.rlvr.micro_batch_size=1", "--out", out,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     rollouts = pd.concat(pd.read_parquet(p) for p in (out / "rollouts" / "rlvr").glob("*.parquet"))
