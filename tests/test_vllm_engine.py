@@ -74,33 +74,6 @@ def logits_of(model, request, completion):
         return model(input_ids=torch.tensor([prompt + completion.token_ids])).logits[0, len(prompt) - 1 : -1]
 
 
-def test_fast_allocation_changes_no_token(served, monkeypatch):
-    """Greedy and sampled tokens across block borders, with the scheduler's short cut and without."""
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-
-    update(served.engine, weights_of(served.folder, 3), version=served.engine.policy_version + 1)
-    scheduler = served.engine._llm.llm_engine.engine_core.engine_core.scheduler
-    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
-    border = min(group.block_size for group in groups)
-    assert border < MAX_LEN, "no border inside a sequence"
-    rng = np.random.default_rng(5)
-    lengths = range(max(1, border - 20), border + 4, 2)
-    requests = [Request(rng.integers(10, 200, size=n).tolist(), seed=n) for n in lengths]
-    allocate = KVCacheManager.allocate_slots
-    for params in (SamplingParams(24, temperature=0.0), SamplingParams(24)):
-        allocate.skipped = 0
-        fast = served.engine.generate(requests, params)
-        skipped = allocate.skipped
-        monkeypatch.setenv("KIMI_RL_FAST_ALLOCATE", "0")
-        plain = served.engine.generate(requests, params)
-        monkeypatch.delenv("KIMI_RL_FAST_ALLOCATE")
-        assert allocate.skipped == skipped > 100
-        assert [c.token_ids for c in fast] == [c.token_ids for c in plain]
-        assert sum(len(r.prompt_ids) < border < len(r.prompt_ids) + len(c.token_ids)
-                   for r, c in zip(requests, fast, strict=True)) >= 4  # fmt: skip
-    assert not scheduler.kv_cache_manager._kimi_rl_covered, "finished requests are forgotten"
-
-
 def check_against_forward(engine, model, seed):
     requests = ragged_requests(seed)
     greedy = engine.generate(requests, SamplingParams(48, temperature=0.0))
@@ -134,6 +107,32 @@ def test_equals_a_plain_forward_before_and_after_three_updates(served):
         assert held.keys() == expected.keys()
         if version:  # before any update, -0.0 and 0.0 are not told apart
             assert held == expected
+
+
+def test_fast_allocation_changes_no_token(served, monkeypatch):
+    """Greedy and sampled tokens across block borders, with the scheduler's short cut and without."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    scheduler = served.engine._llm.llm_engine.engine_core.engine_core.scheduler
+    groups = scheduler.kv_cache_manager.coordinator.single_type_managers
+    border = min(group.block_size for group in groups)
+    assert border < MAX_LEN, "no border inside a sequence"
+    rng = np.random.default_rng(5)
+    lengths = range(max(1, border - 20), border + 4, 2)
+    requests = [Request(rng.integers(10, 200, size=n).tolist(), seed=n) for n in lengths]
+    allocate = KVCacheManager.allocate_slots
+    for params in (SamplingParams(24, temperature=0.0), SamplingParams(24)):
+        allocate.skipped = 0
+        fast = served.engine.generate(requests, params)
+        skipped = allocate.skipped
+        monkeypatch.setenv("KIMI_RL_FAST_ALLOCATE", "0")
+        plain = served.engine.generate(requests, params)
+        monkeypatch.delenv("KIMI_RL_FAST_ALLOCATE")
+        assert allocate.skipped == skipped > 100
+        assert [c.token_ids for c in fast] == [c.token_ids for c in plain]
+        assert sum(len(r.prompt_ids) < border < len(r.prompt_ids) + len(c.token_ids)
+                   for r, c in zip(requests, fast, strict=True)) >= 4  # fmt: skip
+    assert not scheduler.kv_cache_manager._kimi_rl_covered, "finished requests are forgotten"
 
 
 def test_samples_depend_on_their_seed_alone(served):

@@ -11,7 +11,7 @@ def test_killed_and_started_again(tmp_path):
     base = SMALL | {
         "stages": [
             # Shuffled prompts: an order that follows the policy's success would not be the same in both arms.
-            {"kind": "rlvr", "steps": 4, "prompts_per_step": 4, "group_size": 4, "checkpoint_every": 2,
+            {"kind": "rlvr", "steps": 10, "prompts_per_step": 4, "group_size": 4, "checkpoint_every": 2,
              "rollout": rollout, "eval": {"every": 2}},
         ]
     }  # fmt: skip
@@ -34,7 +34,7 @@ def test_killed_and_started_again(tmp_path):
     assert result["status"] == "complete" and result["unequal"] == []
     assert (first / "summary.json").stat().st_mtime_ns == made, "a finished run is not repeated"
     assert [row["time"] for row in metrics(second) if row["step"] <= 2] == first_rows, "nor what its checkpoint holds"
-    assert train_steps(second, "rlvr") == [1, 2, 3, 4]
+    assert train_steps(second, "rlvr") == [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]
     checked = {check["what"]: check["found"] for check in result["fairness"]}
     # The two arms really read the same prompts.
     for what in ("rlvr: prompts of every step", "rlvr: evaluation prompts"):
