@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -32,7 +32,59 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
 _WINDOW = 20  # steps whose duration the remaining time is estimated from
 
 
-class ProgressView:
+class LiveView:
+    """A view that redraws in place on a terminal, and otherwise prints lines now and then; `_render` draws it.
+
+    With `enabled=False` it shows nothing.
+    """
+
+    def __init__(
+        self,
+        enabled: bool,
+        console: Console | None,
+        plain_every: float,
+        clock: Callable[[], float],
+        *,
+        redraws_per_s: int,
+        last_printed: float,
+    ):
+        self._console = console or Console()
+        self._enabled = enabled
+        self._plain_every = plain_every
+        self._clock = clock
+        self._redraws_per_s = redraws_per_s
+        self._last_printed = last_printed
+        self._live: Live | None = None
+
+    def _render(self) -> Any:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        if self._enabled and self._console.is_terminal:
+            self._live = Live(
+                console=self._console, get_renderable=self._render, refresh_per_second=self._redraws_per_s
+            )
+            self._live.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _line_is_due(self) -> bool:
+        """Whether it is time for another line where none was asked for."""
+        return self._clock() - self._last_printed >= self._plain_every
+
+    def _print(self, text: str) -> None:
+        if not self._enabled or self._live is not None:
+            return
+        self._last_printed = self._clock()
+        # `soft_wrap`: a log file has no width; one row stays one line.
+        self._console.print(Text(text), soft_wrap=True)
+
+
+class ProgressView(LiveView):
     """Shows the rows of metrics.jsonl as they come.
 
     On a terminal it redraws in place; otherwise it prints a line every `plain_every` seconds, and always
@@ -48,26 +100,10 @@ class ProgressView:
         plain_every: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console()
-        self._enabled = enabled
-        self._plain_every = plain_every
-        self._clock = clock
+        super().__init__(enabled, console, plain_every, clock, redraws_per_s=4, last_printed=-float("inf"))
         self._lock = threading.Lock()
-        self._live: Live | None = None
-        self._last_printed = -float("inf")
         self._status = ""
         self._start_stage({})
-
-    def __enter__(self) -> ProgressView:
-        if self._enabled and self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=4)
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def status(self, text: str) -> None:
         """Say what is going on between the rows, for instance "building the model"."""
@@ -91,20 +127,13 @@ class ProgressView:
                 self._row = row
             self._status = ""
             last = bool(row.get("steps_total")) and row.get("step") == row.get("steps_total")
-            if kind == "eval" or last or self._clock() - self._last_printed >= self._plain_every:
+            if kind == "eval" or last or self._line_is_due():
                 self._print(self._line(row))
 
     def _start_stage(self, row: dict[str, Any]) -> None:
         self._row = {key: row.get(key) for key in ("stage", "kind", "steps_total")} | {"step": 0}
         self._held_out: str | None = None
         self._times: deque[tuple[int, float]] = deque(maxlen=_WINDOW + 1)
-
-    def _print(self, text: str) -> None:
-        if not self._enabled or self._live is not None:
-            return
-        self._last_printed = self._clock()
-        # `soft_wrap`: a log file has no width; one row stays one line.
-        self._console.print(Text(text), soft_wrap=True)
 
     def _line(self, row: dict[str, Any]) -> str:
         head = f"{row.get('stage')} {row.get('step')}/{row.get('steps_total', '?')}"

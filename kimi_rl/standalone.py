@@ -110,6 +110,7 @@ def evaluate_model(
     from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.recipe import EvalSection, RewardSection
     from kimi_rl.rewards import VerifierPool
+    from kimi_rl.tokenizer import prompt_ids
 
     check_engine(model, engine)
     if data is None and not overrides:
@@ -118,10 +119,7 @@ def evaluate_model(
     problems = load_problems(section, evaluation=True)
     tokenizer = load_tokenizer(model)
     rows = problems.held_out
-    prompts = [
-        tokenizer.apply_chat_template(p, add_generation_prompt=True, tokenize=True, return_dict=False)
-        for p in rows["prompt"]
-    ]
+    prompts = [prompt_ids(tokenizer, messages) for messages in rows["prompt"]]
     loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
     reward = RewardSection()
     with VerifierPool(workers=1, deadline_s=reward.deadline_s) as verifier:
@@ -178,6 +176,7 @@ def select_problems(
     from kimi_rl.recipe import RewardSection
     from kimi_rl.rollout.engine import SamplingParams
     from kimi_rl.select import check_bounds, pass_rates, write_selection
+    from kimi_rl.tokenizer import prompt_ids
 
     check_bounds(k, low, high)
     if out.is_dir() or not out.parent.is_dir() or not os.access(out.parent, os.W_OK):
@@ -188,10 +187,7 @@ def select_problems(
     problems = load_problems(_data_section(data, overrides, "select"))
     tokenizer = load_tokenizer(model)
     rows = list(problems.train)
-    prompts = [
-        tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, tokenize=True, return_dict=False)
-        for row in rows
-    ]
+    prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
     reward = RewardSection()
     wanted = problems.answer_kind if kind == "auto" else kind
@@ -220,6 +216,7 @@ def generate_from_file(
     from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.rollout.engine import Request, SamplingParams
     from kimi_rl.seeds import derive_seed
+    from kimi_rl.tokenizer import prompt_ids
 
     check_engine(model, engine)
     rows = read_json_lines(prompts)
@@ -235,12 +232,7 @@ def generate_from_file(
     for number, row in enumerate(rows):
         ids = row.get("prompt_ids")
         if ids is None:
-            ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": row["prompt"]}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-            )
+            ids = prompt_ids(tokenizer, [{"role": "user", "content": row["prompt"]}])
         elif max(ids) >= vocabulary:
             raise InputError(
                 f"{prompts}, row {number + 1}: token id {max(ids)} is outside the vocabulary of {vocabulary}"

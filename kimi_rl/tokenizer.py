@@ -9,10 +9,10 @@ read as the token wherever it stands, so a question that spells `<|im_end|>` end
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kimi_rl.errors import InputError
 from kimi_rl.recipe import TokenizerSection
@@ -48,6 +48,11 @@ CHAT_TEMPLATE = """\
   {{- '<|im_assistant|>assistant<|im_middle|>' -}}
 {%- endif -%}
 """
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict]) -> list[int]:
+    """Token ids of a conversation, up to where the model's answer begins."""
+    return tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def build_tokenizer(section: TokenizerSection, texts: Iterable[str] = ()) -> PreTrainedTokenizerFast:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from kimi_rl import report
 from kimi_rl.compare.panels import BANDS_NOTE, Line, Panel
 from kimi_rl.progress import duration
-from kimi_rl.report.report import percent, script_json
+from kimi_rl.report.page import render_page
+from kimi_rl.report.report import percent
 from kimi_rl.run_dir import atomic_write_text
 
 # The most points that are worth a marker of their own.
@@ -21,29 +21,15 @@ _MARKERS_TO = 30
 
 def write_page(target: Path, result: dict[str, Any], panels: list[Panel]) -> None:
     """Write the report page: one file that needs no network. `result` is what compare.json holds."""
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    shared = Path(report.__file__).parent
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
+    filters = {
         "percent": percent, "duration": duration, "amount": amount, "difference": difference, "bytes": _bytes
     }  # fmt: skip
     sections: dict[str, list[dict[str, Any]]] = {}
     for number, panel in enumerate(panels):
         sections.setdefault(panel.section, []).append({"title": panel.title, "note": panel.note, "number": number})
-    here = Path(__file__).parent
-    text = environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
-        result=result,
-        sections=sections,
-        bands_note=BANDS_NOTE,
-        css=Markup((shared / "style.css").read_text(encoding="utf-8")),
-        charts_js=Markup((shared / "charts.js").read_text(encoding="utf-8")),
-        plotly_js=Markup(get_plotlyjs()),
-        charts_json=Markup(script_json([figure(panel) for panel in panels])),
-    )
-    atomic_write_text(target, text)
+    figures = [figure(panel) for panel in panels]
+    values = dict(result=result, sections=sections, bands_note=BANDS_NOTE)
+    atomic_write_text(target, render_page(Path(__file__).with_name("page.html"), figures, filters, **values))
 
 
 def figure(panel: Panel) -> dict[str, Any]:

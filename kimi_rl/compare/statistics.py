@@ -3,7 +3,8 @@
 The unit is the pair: two arms that ran with the same seed, so with the same problems in the same order. There are few
 of them, and that decides the method. A percentile bootstrap over 3 seeds draws from 10 different means, never reaches
 beyond the observed values and takes the spread for (n-1)/n of what it is: its "95 %" interval misses the truth far
-more often than one time in twenty (`tests/compare/test_compare_statistics.py` shows it). So intervals here are Student's t.
+more often than one time in twenty (`tests/compare/test_compare_statistics.py` shows it). So intervals here are
+Student's t.
 
 Where every problem's result is known, seeds and problems are crossed random factors, and an interval speaks of other
 seeds and of other problems of the same kind. The variance of the mean has then two parts, by the analysis of variance

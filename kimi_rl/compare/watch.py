@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from kimi_rl.compare.plan import Run
-from kimi_rl.progress import Tail, duration, figures, held_out_text
+from kimi_rl.progress import LiveView, Tail, duration, figures, held_out_text
 
 _STYLES = {"complete": "green", "failed": "red", "running": "cyan", "waiting": "dim"}
 
@@ -32,7 +31,7 @@ class _Line:
     seconds: float | None = None
 
 
-class Watch:
+class Watch(LiveView):
     """Shows the runs of a comparison. `enabled=False` shows nothing. Used from one thread."""
 
     def __init__(
@@ -44,25 +43,9 @@ class Watch:
         plain_every: float = 30.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console()
-        self._enabled = enabled
-        self._plain_every = plain_every
-        self._clock = clock
+        super().__init__(enabled, console, plain_every, clock, redraws_per_s=2, last_printed=clock())
         self._lines = {run.folder: _Line() for run in runs}
         self._names = {run.folder: f"{run.arm} seed {run.seed}" for run in runs}
-        self._live: Live | None = None
-        self._last_printed = clock()
-
-    def __enter__(self) -> Watch:
-        if self._enabled and self._console.is_terminal:
-            self._live = Live(console=self._console, get_renderable=self._render, refresh_per_second=2)
-            self._live.start()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
 
     def started(self, run: Run, metrics: Path, resumed: bool) -> None:
         line = self._lines[run.folder]
@@ -89,7 +72,7 @@ class Watch:
         """Read what the running runs have written."""
         for line in self._lines.values():
             self._read(line)
-        if self._live is None and self._clock() - self._last_printed >= self._plain_every:
+        if self._live is None and self._line_is_due():
             for name, line in self._lines.items():
                 if line.status == "running" and line.row:
                     self._print(f"{self._names[name]}: {self._step(line)}")
@@ -111,11 +94,6 @@ class Watch:
             return "starting"
         parts = [f"{row.get('stage')} {row.get('step')}/{row.get('steps_total', '?')}"]
         return "  ".join(parts + [f"{name} {value}" for name, value in figures(row)])
-
-    def _print(self, text: str) -> None:
-        if self._enabled and self._live is None:
-            self._last_printed = self._clock()
-            self._console.print(Text(text), soft_wrap=True)
 
     def _render(self) -> Table:
         table = Table.grid(padding=(0, 2))

@@ -9,6 +9,7 @@ import torch
 
 from kimi_rl.dataset.prompt_order import EndlessShuffle
 from kimi_rl.errors import InputError
+from kimi_rl.tokenizer import prompt_ids
 
 
 class PTXStream:
@@ -67,7 +68,7 @@ class PTXStream:
 def _tokenize(tokenizer: Any, prompt: Sequence[dict], solution: str, where: str) -> tuple[list[int], int]:
     messages = [*prompt, {"role": "assistant", "content": solution}]
     ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
-    before = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=False)
+    before = prompt_ids(tokenizer, prompt)
     if ids[: len(before)] != before:
         raise InputError(
             f"{where}: the chat template does not put the answer after the generation prompt, so the answer cannot be "

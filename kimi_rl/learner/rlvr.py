@@ -136,7 +136,8 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
         if self.rlvr.beta > 0 and self.rlvr.loss_type != "k15":
             self.beta = self.controllers.kl_coefficient
         output = super()._generate_and_score_completions(batch.rows)
-        staleness = [version - v for c in batch.completions for v in c.token_versions()]
+        ages = [[version - drawn for drawn in completion.token_versions()] for completion in batch.completions]
+        counts = Counter(age for row in ages for age in row)
         self.step_values = {
             "policy_version": version,
             "sync_s": sync_s,
@@ -148,14 +149,14 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
             "batch_tokens": int(output["prompt_mask"].sum() + output["completion_mask"].sum()),
             "updates": self.controllers.updates,
             "kl_coefficient": self.controllers.kl_coefficient,
-            "staleness_mean": sum(staleness) / max(1, len(staleness)),
-            "staleness_max": max(staleness, default=0),
-            "staleness_tokens": {str(age): count for age, count in sorted(Counter(staleness).items())},
+            "staleness_mean": sum(age * count for age, count in counts.items()) / max(1, counts.total()),
+            "staleness_max": max(counts, default=0),
+            "staleness_tokens": {str(age): count for age, count in sorted(counts.items())},
             "effective_share": (output["advantages"] != 0).double().mean().item(),
             "worker_idle_share": self._idle_share(),
             **self._verdict_values(batch),
             **self._reward.term_means(),
-            **self._mismatch_values(output, batch),
+            **self._mismatch_values(output, batch, ages),
         }
         if self.rlvr.length_reward is not None:
             self.step_values["length_reward_weight"] = weight
@@ -192,21 +193,27 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
 
     # --- mismatch ---------------------------------------------------------------------------------------------
 
-    def _mismatch_values(self, output: dict[str, Any], batch: RolloutBatch) -> dict[str, float]:
-        """Trainer against engine, on tokens that the trainer's own version drew: older ones differ for good reason."""
+    def _mismatch_values(
+        self, output: dict[str, Any], batch: RolloutBatch, ages: list[list[int]]
+    ) -> dict[str, float]:
+        """Trainer against engine, on tokens that the trainer's own version drew: older ones differ for good reason.
+
+        ages: of each completion's tokens, in policy versions.
+        """
         trainer, engine = output["old_per_token_logps"], output["sampling_per_token_logps"]
         mask = output["completion_mask"]
         cap = self.rlvr.importance_sampling.cap
-        fresh = torch.zeros_like(mask)
-        for row, completion in enumerate(batch.completions):
-            versions = torch.tensor(completion.token_versions(), device=mask.device)
-            fresh[row, : len(versions)] = (versions == self.state.global_step).to(mask.dtype)
         whole = measure_mismatch(trainer, engine, mask, cap)
         values: dict[str, float] = {"is_truncated_share": whole.truncated_share}
         if self.rlvr.max_staleness:
             values["off_policy_kl"] = whole.kl
-        if bool((fresh * mask).any()):
-            mismatch = measure_mismatch(trainer, engine, mask * fresh, cap)
+        fresh = mask
+        if any(any(row) for row in ages):
+            width = mask.size(1)
+            old = torch.tensor([[age > 0 for age in row] + [True] * (width - len(row)) for row in ages])
+            fresh = mask * ~old.to(mask.device)
+        if bool(fresh.any()):
+            mismatch = whole if fresh is mask else measure_mismatch(trainer, engine, fresh, cap)
         elif (self.rollout_step - 1) % self.rlvr.mismatch.probe_every == 0:
             mismatch = self._probe(batch)
         else:

@@ -17,6 +17,7 @@ from kimi_rl.learner.trl_trainers import GRPOConfig
 from kimi_rl.learner.warm_up import warm_up
 from kimi_rl.recipe import RLVRStage
 from kimi_rl.rollout.batches import BatchMaker, RolloutQueue
+from kimi_rl.tokenizer import prompt_ids
 
 
 def run_rlvr(context: StageContext) -> None:
@@ -28,7 +29,6 @@ def run_rlvr(context: StageContext) -> None:
     if stage.overlapped:
         context.pool.run_in_background()
     queue = RolloutQueue(make_batch_maker(context), stage)
-    callback = RecordCallback(context)
     trainer = RLVRLearner(
         context=context,
         queue=queue,
@@ -37,11 +37,10 @@ def run_rlvr(context: StageContext) -> None:
         model=context.model,
         train_dataset=context.problems.train,
         processing_class=context.tokenizer,
-        callbacks=[callback],
     )
     warm_up(trainer, lambda text: context.record("note", 0, text=text))
     clock = StepClock(context, trainer)
-    callback.make_row, callback.end_step, callback.state = clock.row, trainer.end_step, trainer.rollout_state
+    trainer.add_callback(RecordCallback(context, clock.row, trainer.end_step, trainer.rollout_state))
     if checkpoint is not None:
         trainer.load_rollout_state(read_rollout_state(checkpoint))
     try:
@@ -66,9 +65,7 @@ def make_batch_maker(context: StageContext) -> BatchMaker:
 
     def tokenize(row: dict) -> list[int]:
         with lock:
-            return tokenizer.apply_chat_template(
-                list(row["prompt"]), add_generation_prompt=True, tokenize=True, return_dict=False
-            )
+            return prompt_ids(tokenizer, row["prompt"])
 
     def decode(token_ids) -> str:
         with lock:
@@ -82,7 +79,7 @@ def make_batch_maker(context: StageContext) -> BatchMaker:
         seed=context.recipe.seed,
         tokenize=tokenize,
         decode=decode,
-        verify=lambda pairs: context.verify(pairs),
+        verify=context.verify,
     )
 
 
@@ -118,21 +115,14 @@ def trl_arguments(context: StageContext) -> GRPOConfig:
     """One step of TRL's trainer is one rollout batch, so schedule, warm-up and checkpoints count batches."""
     stage: RLVRStage = context.stage
     micro = stage.micro_batch
-    on_gpu = context.job.device != "cpu"
     return GRPOConfig(
-        output_dir=str(context.folder / "checkpoints"),
-        max_steps=stage.steps,
+        **context.trainer_arguments(),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=stage.completions_per_step // micro,
         steps_per_generation=stage.completions_per_step // micro,
         num_generations=stage.group_size,
         max_completion_length=stage.rollout.max_tokens,
         temperature=stage.rollout.temperature,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        warmup_steps=stage.warmup_steps,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
         loss_type="grpo" if stage.loss_type == "k15" else stage.loss_type,  # k15: RLVRLearner._k15_loss
         scale_rewards=stage.scale_rewards,
         epsilon=stage.epsilon,
@@ -142,18 +132,8 @@ def trl_arguments(context: StageContext) -> GRPOConfig:
         vllm_importance_sampling_mode=stage.importance_sampling.mode,
         vllm_importance_sampling_clip_max=stage.importance_sampling.cap,
         # Both sides run the head in fp32 (see `vllm_engine`): in bf16 it is a large part of the mismatch.
-        cast_lm_head_to_fp32=on_gpu,
-        gradient_checkpointing=False,
+        cast_lm_head_to_fp32=context.on_gpu,
         remove_unused_columns=False,
-        logging_steps=1,
-        save_steps=stage.checkpoint_every,
-        save_total_limit=2,
-        seed=context.recipe.seed,
-        report_to=context.recipe.report_to or "none",
-        use_cpu=not on_gpu,
-        bf16=on_gpu and context.recipe.precision != "fp32",
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
     )
 
 

@@ -47,33 +47,16 @@ def run_sft(context: StageContext) -> None:
     checkpoint = context.prepare_resume()
     if checkpoint is None:
         context.evaluate(0, 0, "before")
-    on_gpu = context.job.device != "cpu"
     args = SFTConfig(
-        output_dir=str(context.folder / "checkpoints"),
-        max_steps=stage.steps,
+        **context.trainer_arguments(),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=stage.batch_size // micro,
-        learning_rate=stage.learning_rate,
-        lr_scheduler_type=stage.schedule,
-        warmup_steps=stage.warmup_steps,
-        weight_decay=stage.weight_decay,
-        max_grad_norm=stage.max_grad_norm,
         max_length=None,
         # Packed or padding-free batches would let the recurrent state of one sample reach the next.
         packing=False,
         padding_free=False,
         assistant_only_loss=True,
-        gradient_checkpointing=False,
-        logging_steps=1,
-        save_steps=stage.checkpoint_every,
-        save_total_limit=2,
-        seed=context.recipe.seed,
         data_seed=context.recipe.seed,
-        report_to=context.recipe.report_to or "none",
-        use_cpu=not on_gpu,
-        bf16=on_gpu and context.recipe.precision != "fp32",
-        dataloader_pin_memory=on_gpu,
-        disable_tqdm=True,
     )
     clock = {"last": time.perf_counter(), "tokens": 0.0}
 

@@ -26,6 +26,7 @@ from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
 from kimi_rl.run_dir import RunDir
 from kimi_rl.seeds import derive_seed
+from kimi_rl.tokenizer import prompt_ids
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,10 @@ class StageContext:
             )
         )
 
+    @property
+    def on_gpu(self) -> bool:
+        return self.job.device != "cpu"
+
     def longest_prompt(self) -> int:
         rows = self.problems.train["prompt"]
         sample = rows if len(rows) <= 2000 else rows[:2000]
@@ -82,9 +87,7 @@ class StageContext:
         return max(self.stage.rollout.max_tokens, self.stage.eval.max_tokens or 0)
 
     def prompt_ids(self, messages: Sequence[dict]) -> list[int]:
-        return self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return prompt_ids(self.tokenizer, messages)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return self.tokenizer.decode(token_ids, skip_special_tokens=True)
@@ -101,7 +104,7 @@ class StageContext:
         if self.pool.version == version:
             return 0.0
         start = time.perf_counter()
-        update = self.pool.publish if getattr(self.stage, "overlapped", False) else self.pool.update_weights
+        update = self.pool.publish if self.pool.in_background else self.pool.update_weights
         update(to_checkpoint(self.model), version)
         return time.perf_counter() - start
 
@@ -138,6 +141,29 @@ class StageContext:
                 "time": time.time(),
                 **clean,
             }
+        )
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What every stage's trl trainer is told in the same way."""
+        stage, on_gpu = self.stage, self.on_gpu
+        return dict(
+            output_dir=str(self.folder / "checkpoints"),
+            max_steps=stage.steps,
+            learning_rate=stage.learning_rate,
+            lr_scheduler_type=stage.schedule,
+            warmup_steps=stage.warmup_steps,
+            weight_decay=stage.weight_decay,
+            max_grad_norm=stage.max_grad_norm,
+            gradient_checkpointing=False,
+            logging_steps=1,
+            save_steps=stage.checkpoint_every,
+            save_total_limit=2,
+            seed=self.recipe.seed,
+            report_to=self.recipe.report_to or "none",
+            use_cpu=not on_gpu,
+            bf16=on_gpu and self.recipe.precision != "fp32",
+            dataloader_pin_memory=on_gpu,
+            disable_tqdm=True,
         )
 
     # --- checkpoints ------------------------------------------------------------------------------------------
@@ -178,28 +204,28 @@ class RecordCallback(TrainerCallback):
     def __init__(
         self,
         context: StageContext,
-        make_row: Callable[[dict], dict] | None = None,
+        make_row: Callable[[dict], dict],
         end_step: Callable[[], None] | None = None,
         state: Callable[[], dict] | None = None,
     ):
         self._context = context
-        self.make_row, self.end_step, self.state = make_row, end_step, state
+        self._make_row, self._end_step, self._state = make_row, end_step, state
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:  # the closing summary of a training has no per-step loss
-            self._context.record("train", state.global_step, **self.make_row(logs))
+            self._context.record("train", state.global_step, **self._make_row(logs))
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.end_step is not None:
-            self.end_step()
+        if self._end_step is not None:
+            self._end_step()
         every = self._context.stage.eval.every
         if every and state.global_step % every == 0 and state.global_step < state.max_steps:
             self._context.evaluate(state.global_step, state.global_step, "during")
 
     def on_save(self, args, state, control, **kwargs):
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.state is not None:
-            (folder / ROLLOUT_STATE).write_text(json.dumps(self.state()))
+        if self._state is not None:
+            (folder / ROLLOUT_STATE).write_text(json.dumps(self._state()))
         (folder / COMPLETE_MARK).write_text(json.dumps({"policy_version": state.global_step}))
 
 

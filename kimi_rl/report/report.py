@@ -5,7 +5,6 @@ A report is most wanted when something went wrong, so whatever is missing or dam
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any, TypeVar
 from kimi_rl.errors import InputError
 from kimi_rl.progress import duration
 from kimi_rl.report.charts import stage_charts
+from kimi_rl.report.page import render_page
 from kimi_rl.report.samples import stage_samples
 from kimi_rl.run_dir import RunDir, atomic_write_text
 
@@ -27,26 +27,14 @@ _SILENT_S = 1800.0
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run's folder: one file that needs no network. Returns its path."""
-    import jinja2
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     run = describe_run(RunDir(run_dir), with_details=True)
     figures = []
     for stage in run["stages"]:
         for chart in stage["charts"]:
             chart["number"] = len(figures)
             figures.append(chart.pop("figure"))
-    here = Path(__file__).parent
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"percent": percent, "points": points, "duration": duration}
-    page = environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
-        run=run,
-        css=Markup((here / "style.css").read_text(encoding="utf-8")),
-        charts_js=Markup((here / "charts.js").read_text(encoding="utf-8")),
-        plotly_js=Markup(get_plotlyjs()),
-        charts_json=Markup(script_json(figures)),
-    )
+    filters = {"percent": percent, "points": points, "duration": duration}
+    page = render_page(Path(__file__).with_name("page.html"), figures, filters, run=run)
     target = Path(run_dir) / "report.html"
     # Lone surrogates, which a broken completion may hold, are no UTF-8.
     atomic_write_text(target, page.encode("utf-8", "replace").decode("utf-8"))
@@ -256,9 +244,3 @@ def points(value: float) -> str:
 
 def _with_se(evaluation: dict[str, Any] | None) -> str:
     return "–" if evaluation is None else f"{percent(evaluation['accuracy'])} ± {percent(evaluation['se'])}"
-
-
-def script_json(value: Any) -> str:
-    """JSON that may stand inside a <script>: nothing in it can close the element or start a comment."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=True)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

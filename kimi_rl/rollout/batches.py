@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from kimi_rl.dataset.prompt_order import PromptSampler
@@ -90,13 +90,13 @@ class BatchMaker:
         rollout = stage.rollout
         self._params = SamplingParams(rollout.max_tokens, rollout.temperature, rollout.top_p)
 
-    def make(self, step: int, numbers: list[int], drawn: list[int] | None = None) -> RolloutBatch:
-        """Complete the problems `numbers`, and replace uniform groups if the stage says so.
+    def make(self, step: int, drawn: list[int]) -> RolloutBatch:
+        """Complete the problems `drawn`, and replace uniform groups if the stage says so.
 
-        `drawn`: grows by every problem drawn for the batch beyond `numbers`.
+        `drawn` grows by every problem drawn as a replacement.
         """
         batch = RolloutBatch(step, [], [])
-        batch.groups = self._complete(batch, numbers)
+        batch.groups = self._complete(batch, drawn)
         batch.seen += batch.groups
         dynamic = self._stage.dynamic_sampling
         for _ in range(dynamic.max_rounds if dynamic else 0):
@@ -105,8 +105,7 @@ class BatchMaker:
                 break
             avoid = [group.number for group in batch.seen]
             fresh = self.sampler.draw(len(places), step, avoid)
-            if drawn is not None:
-                drawn += fresh
+            drawn += fresh
             others = self._complete(batch, fresh)
             batch.rounds += 1
             batch.seen += others
@@ -129,10 +128,7 @@ class BatchMaker:
             for _ in range(size):
                 seed = derive_seed(self._seed, self._stage.name, batch.step, first + len(requests))
                 requests.append(Request(prompt_ids, seed))
-        if self._stage.overlapped and self._stage.max_staleness:
-            completions = self._pool.generate(requests, self._params, any_version=True)
-        else:
-            completions = self._pool.generate(requests, self._params)
+        completions = self._pool.generate(requests, self._params, any_version=self._stage.max_staleness > 0)
         done = time.perf_counter()
         batch.generate_s += done - start
         golds = [row["answer"] for row in rows for _ in range(size)]
@@ -145,14 +141,6 @@ class BatchMaker:
         ]
 
 
-@dataclass
-class _Ordered:
-    step: int
-    numbers: list[int]
-    drawn: list[int] = field(default_factory=list)
-    future: Future | None = None
-
-
 class RolloutQueue:
     """Batches in order of steps; those of the next `max_staleness` steps are made while one is trained on.
 
@@ -162,36 +150,33 @@ class RolloutQueue:
 
     def __init__(self, maker: BatchMaker, stage: RLVRStage):
         self._maker, self._stage = maker, stage
-        self._ordered: dict[int, _Ordered] = {}
+        self._drawn: dict[int, list[int]] = {}  # by step: the problems drawn for batches that nobody has taken yet
+        self._making: dict[int, Future[RolloutBatch]] = {}
         self._threads = ThreadPoolExecutor(stage.max_staleness + 1) if stage.overlapped else None
 
     def take(self, step: int) -> tuple[RolloutBatch, float]:
         """The batch of `step`, and the seconds that the caller waited for it. Orders the steps that may run ahead."""
         last = min(step + self._stage.max_staleness, self._stage.steps)
         for ahead in range(step, last + 1):
-            if ahead not in self._ordered:
+            if ahead not in self._drawn:
                 self._order(ahead)
-        order = self._ordered.pop(step)
+        drawn = self._drawn.pop(step)
         start = time.perf_counter()
-        batch = order.future.result() if order.future else self._maker.make(step, order.numbers)
+        batch = self._making.pop(step).result() if self._threads is not None else self._maker.make(step, drawn)
         for group in batch.seen:
             if group.success is not None:
                 self._maker.sampler.report(group.number, group.success)
         return batch, time.perf_counter() - start
 
     def _order(self, step: int) -> None:
-        order = self._ordered[step] = _Ordered(step, self._maker.sampler.draw(self._stage.prompts_per_step, step))
+        drawn = self._drawn[step] = self._maker.sampler.draw(self._stage.prompts_per_step, step)
         if self._threads is not None:
-            order.future = self._threads.submit(self._maker.make, step, order.numbers, order.drawn)
+            self._making[step] = self._threads.submit(self._maker.make, step, drawn)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint: the sampler, and which problems are being completed for steps to come."""
-        pending = [number for step in sorted(self._ordered) for number in self._all_drawn(step)]
+        pending = [number for step in sorted(self._drawn) for number in self._drawn[step]]
         return {"sampler": self._maker.sampler.state(), "pending": pending}
-
-    def _all_drawn(self, step: int) -> list[int]:
-        order = self._ordered[step]
-        return [*order.numbers, *order.drawn]
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from `state`: what was under way is done again, before anything else is drawn."""

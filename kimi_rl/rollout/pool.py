@@ -282,6 +282,11 @@ class RolloutPool:
 
     # --- the loop ---------------------------------------------------------------------------------------------
 
+    @property
+    def in_background(self) -> bool:
+        """Whether a thread of the pool's own drives the workers."""
+        return self._thread is not None
+
     def run_in_background(self) -> None:
         """Drive the workers from a thread of the pool's own from here on."""
         if self._thread is None:
@@ -313,7 +318,7 @@ class RolloutPool:
                     return
                 if self._closing:
                     raise RunError("the rollout pool was closed")
-                if self._thread is not None:
+                if self.in_background:
                     self._turn.wait(timeout=1.0)
                 else:
                     self._drive(1.0)
