@@ -17,7 +17,7 @@ from kimi_rl.progress import ProgressView, follow
 from kimi_rl.recipe import ModelSection, Recipe
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
-from kimi_rl.run_dir import RunDir
+from kimi_rl.run_dir import RunDir, describe_environment, only_one
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None) -> dict[str, Any]:
@@ -28,24 +28,39 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView
         RunError: the run could not go on; the run directory holds everything up to that point.
     """
     check_inputs(recipe)
-    run_dir = RunDir.create(out, dump_recipe(recipe), resume=resume)
-    state = run_dir.load_state()
-    done: list[dict[str, Any]] = state.get("stages", [])
-    start = time.time()
-    if len(done) < len(recipe.stages) or state.get("status") != "finished":
-        _run_stages(recipe, run_dir, done, resume, view)
-    summary = {
-        "status": "complete",
-        "name": recipe.name,
-        "seed": recipe.seed,
-        "model": str(run_dir.path / "model"),
-        "seconds": sum(stage["seconds"] for stage in done),
-        "wall_seconds": time.time() - start,
-        "stages": done,
-    }
-    run_dir.write_summary(summary)
-    write_report(run_dir.path)
-    return summary
+    with _opened(out, dump_recipe(recipe), resume) as run_dir:
+        state = run_dir.load_state()
+        done: list[dict[str, Any]] = state.get("stages", [])
+        start = time.time()
+        if len(done) < len(recipe.stages) or state.get("status") != "finished":
+            run_dir.write_environment(describe_environment())
+            _run_stages(recipe, run_dir, done, resume, view)
+        summary = {
+            "status": "complete",
+            "name": recipe.name,
+            "seed": recipe.seed,
+            "model": str(run_dir.path / "model"),
+            "seconds": sum(stage["seconds"] for stage in done),
+            "wall_seconds": time.time() - start,
+            "stages": done,
+        }
+        run_dir.write_summary(summary)
+        write_report(run_dir.path)
+        return summary
+
+
+@contextlib.contextmanager
+def _opened(out: Path, recipe_yaml: str, resume: bool) -> Iterator[RunDir]:
+    """The run directory, held by this process alone. A run that was just killed may need a moment to be gone."""
+    with contextlib.ExitStack() as held:
+        lock = only_one(out, "another run is writing there", wait_s=20.0)
+        if resume and out.is_dir():  # before `create`, which removes what it takes for left over
+            held.enter_context(lock)
+            yield RunDir.create(out, recipe_yaml, resume=True)
+        else:
+            run_dir = RunDir.create(out, recipe_yaml, resume=resume)
+            held.enter_context(lock)
+            yield run_dir
 
 
 def check_inputs(recipe: Recipe) -> None:

@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import json
 import logging
@@ -394,6 +395,31 @@ def atomic_dir(target: Path) -> Iterator[Path]:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     _fsync(target.parent)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, busy: str, wait_s: float = 0.0) -> Iterator[None]:
+    """Hold `folder` for this process; two that write the same files would mix them up.
+
+    The lock goes with the process, however it ends; `wait_s`: for that long another may still be on its way out.
+    Raises `InputError`, which says what is `busy`.
+    """
+    end = time.monotonic() + wait_s
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise InputError(f"--out {folder}: cannot be written ({error.strerror or error}); choose another") from None
+    with (folder / ".lock").open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() >= end:
+                    raise InputError(f"--out {folder}: {busy}; wait for it") from None
+                time.sleep(0.2)
+        yield
 
 
 def _temp_name(path: Path) -> Path:

@@ -131,10 +131,16 @@ def processes_named(name: str, parent: subprocess.Popen) -> list[psutil.Process]
     return found
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    """`kill -9` of the whole process group, and wait until the actors it leaves are gone too."""
+def kill_session(process: subprocess.Popen, actors: bool = False) -> None:
+    """`kill -9` of the whole process group, and wait until the actors it leaves are gone too.
+
+    Ray's actors lie in groups of their own and end some seconds later; `actors`: they are killed along with it.
+    """
     family = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
+    for actor in family if actors else ():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            actor.kill()
     process.wait()
     gone, alive = psutil.wait_procs(family, timeout=60)
     assert not alive, f"left behind: {alive}"

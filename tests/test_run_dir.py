@@ -13,7 +13,7 @@ import pytest
 
 from kimi_rl.errors import InputError
 from kimi_rl.recipe_load import dump_recipe, parse_recipe
-from kimi_rl.run_dir import TEMP, RunDir, atomic_dir, atomic_write_text, describe_environment
+from kimi_rl.run_dir import TEMP, RunDir, atomic_dir, atomic_write_text, describe_environment, only_one
 
 TEXT = """
 data: {task: arithmetic}
@@ -71,6 +71,20 @@ def test_a_folder_without_write_permission_is_refused(tmp_path):
     (tmp_path / "locked").mkdir(mode=0o555)
     with pytest.raises(InputError, match="Permission denied"):
         RunDir.create(tmp_path / "locked", RECIPE)
+
+
+def test_one_process_at_a_time_writes_a_folder(tmp_path):
+    with (
+        only_one(tmp_path / "run", "another run is writing there"),
+        pytest.raises(InputError, match="run: another run is writing there; wait for it"),
+        only_one(tmp_path / "run", "another run is writing there", wait_s=0.3),
+    ):
+        pass
+    with only_one(tmp_path / "run", "another run is writing there"):
+        pass  # let go
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"), only_one(tmp_path / "file" / "run", "busy"):
+        pass
 
 
 def test_resume(run, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from kimi_rl.compare.watch import Watch
 from kimi_rl.errors import InputError
 from kimi_rl.pipeline import check_inputs, local_ray, train
 from kimi_rl.recipe_load import dump_recipe, first_difference, parse_recipe, parse_yaml
-from kimi_rl.run_dir import RunDir
+from kimi_rl.run_dir import RunDir, only_one
 
 Train = Callable[..., dict[str, Any]]
 
@@ -99,7 +98,7 @@ def make_runs(
             watch.ended(outcome.run, "complete", kept=True)
     if not todo:
         return outcomes
-    with _only_one(out), local_ray(), _slots(min(parallel, len(todo))) as slots:
+    with only_one(out, "another comparison is running there"), local_ray(), _slots(min(parallel, len(todo))) as slots:
         pending: dict[ray.ObjectRef, tuple[Run, int, float]] = {}
         free = list(range(len(slots)))
         while todo or pending:
@@ -172,17 +171,3 @@ def _slots(count: int) -> Iterator[_Slots]:
         yield slots
     finally:
         slots.close()
-
-
-@contextlib.contextmanager
-def _only_one(out: Path) -> Iterator[None]:
-    """Two comparisons in one folder would write the same runs. The lock goes with the process, however it ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise InputError(f"--out {out}: another comparison is running there; wait for it") from None
-        yield
-
-

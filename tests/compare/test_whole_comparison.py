@@ -21,7 +21,7 @@ def test_killed_and_started_again(tmp_path):
 
     process = start("compare", file, "--out", out)
     wait_for(lambda: len(train_steps(second, "rlvr")) >= 3, process=process, timeout=400)
-    kill_session(process)
+    kill_session(process, actors=True)  # the actor that makes the runs would otherwise go on for a while
     made = (first / "summary.json").stat().st_mtime_ns
     assert not (second / "summary.json").exists()
     so_far = json.loads((out / "compare.json").read_text())
