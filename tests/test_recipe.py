@@ -256,3 +256,14 @@ def test_shipped_recipes_load():
             continue
         recipe = load_recipe(path)
         assert parse_recipe(dump_recipe(recipe)) == recipe, path
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "gsm8k", "math"])
+def test_the_arms_of_the_kimi_recipes_differ_in_the_architecture_alone(name):
+    folder = Path(__file__).parents[1] / "recipes"
+    hybrid, mla = (load_recipe(folder / f"{name}_sft_kimi_{arch}.yaml") for arch in ("hybrid", "mla"))
+    assert hybrid.model.arch == "hybrid" and mla.model.arch == "mla"
+    assert mla.name == f"{name}_sft_kimi_mla"
+    mla.name, mla.model.arch = hybrid.name, hybrid.model.arch
+    assert mla == hybrid
+    assert hybrid.stages[-1].loss_type == "k15"
