@@ -14,7 +14,7 @@ from typing import Any
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.kernels.compile_cache import cache_environment
 from kimi_rl.progress import ProgressView, follow
-from kimi_rl.recipe import ModelSection, Recipe
+from kimi_rl.recipe import DistillStage, ModelSection, Recipe
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
 from kimi_rl.run_dir import RunDir, describe_environment, only_one
@@ -84,6 +84,24 @@ def check_inputs(recipe: Recipe) -> None:
             load_function(term.use)
     for data in recipe.all_data():
         load_problems(data)
+    for stage in recipe.stages:
+        if stage.kind == "distill":
+            check_distillation(recipe, stage)
+
+
+def check_distillation(recipe: Recipe, stage: DistillStage) -> None:
+    """Teacher and student must fit and the file of texts must be whole; reads configurations, no weights."""
+    from kimi_rl.compare.fairness import model_config
+    from kimi_rl.learner.teacher import check_pair
+    from kimi_rl.learner.texts import check_texts
+    from kimi_rl.model.source import read_source_config
+
+    where = f"stages.{stage.name}.teacher"
+    # The vocabulary of a model built from scratch is known once its tokenizer is.
+    known = recipe.model.path is not None
+    check_pair(read_source_config(stage.teacher, where), model_config(recipe), where, vocabulary=known)
+    if stage.texts is not None:
+        check_texts(stage.texts, f"stages.{stage.name}.texts")
 
 
 def check_model_folder(path: str) -> None:

@@ -23,6 +23,8 @@ _FIGURES: dict[str, tuple[str, Callable[[float], str]]] = {
     "reward": ("reward", lambda v: f"{v:.3f}"),
     "accuracy": ("accuracy", lambda v: f"{v:.1%}"),
     "loss": ("loss", lambda v: f"{v:.4f}"),
+    "kl_to_teacher": ("KL", lambda v: f"{v:.4f}"),
+    "layer_error_max": ("worst layer", lambda v: f"{v:.4f}"),
     "completion_length": ("length", lambda v: f"{v:.0f}"),
     "tokens_per_s": ("tokens/s", lambda v: f"{v:,.0f}"),
     "mismatch_kl": ("mismatch KL", lambda v: f"{v:.1e}"),
@@ -184,8 +186,10 @@ def figures(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def held_out_text(row: dict[str, Any]) -> str | None:
-    """An evaluation's figures, with standard errors: `61.3% ± 3.0%  avg@4 58.1% ± 2.2%`."""
+    """An evaluation's figures, with standard errors: `61.3% ± 3.0%  avg@4 58.1% ± 2.2%`; or perplexities."""
     parts = []
+    if row.get("student_perplexity") is not None:
+        parts.append(f"perplexity {row['student_perplexity']:.3f} (teacher {row['teacher_perplexity']:.3f})")
     for name, value, error in (
         ("", row.get("held_out_accuracy"), row.get("held_out_se")),
         (f"avg@{row.get('k')} ", row.get("avg_at_k"), row.get("avg_at_k_se")),

@@ -143,6 +143,80 @@ class SFTStage(Section):
         return self
 
 
+class DistillStage(Section):
+    """Learn from the model that this one was converted from: layer by layer, or by its distributions over tokens."""
+
+    kind: Literal["distill"]
+    name: str = Field("distill", pattern=r"^[A-Za-z0-9_-]+$")
+    teacher: str = Field(description="Folder, hub id, GGUF file or folder with one: of equal shape and vocabulary.")
+    match: Literal["layers", "logits"] = Field(
+        description="`layers`: each token mixer gives what the teacher's attention gives on the teacher's states; "
+        "`logits`: KL to the teacher's distributions, and cross-entropy on the text."
+    )
+    train: Literal["auto", "mixers", "all"] = Field(
+        "auto", description="Which parameters move; `auto`: with `layers` the token mixers, with `logits` all."
+    )
+    data: DataSection | None = Field(None, description="Problems whose solutions are read; unset: the recipe's.")
+    more_data: list[DataSection] = Field(default_factory=list, description="Problems that are read as well.")
+    texts: str | None = Field(
+        None, description="JSON lines that are read as well: `text`, or what `kimi-rl generate --json` wrote."
+    )
+    steps: Positive
+    max_length: Positive = Field(1024, description="Longer texts are cut after so many tokens, with a count.")
+    batch_tokens: Positive = Field(32768, description="Tokens per optimizer step, in rows of `pack_tokens`.")
+    pack_tokens: Positive = Field(16384, description="Tokens of one forward; bounds memory. Whole texts fill a row.")
+    optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon`: AdamW where Muon has no meaning.")
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: NonNegative = 0
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, gt=0, description="`logits` only: of both distributions in the KL.")
+    kl: float = Field(1.0, ge=0, description="`logits` only: weight of the KL, in nats per token.")
+    ce: float = Field(0.1, ge=0, description="`logits` only: weight of the cross-entropy on the text.")
+    log_every: Positive = Field(10, description="A row of metrics every N steps: each reads figures from the device.")
+    perplexity_every: NonNegative = Field(
+        100, description="Held-out figures every N steps; 0: only before and after the stage."
+    )
+    checkpoint_every: Positive = 100
+    rollout: RolloutSection = Field(default_factory=RolloutSection, description="Used with `eval`.")
+    eval: EvalSection | None = Field(None, description="Held-out accuracy as well; unset: perplexity alone.")
+
+    @property
+    def train_all(self) -> bool:
+        return self.train == "all" or (self.train == "auto" and self.match == "logits")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_tokens // self.pack_tokens
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> DistillStage:
+        if self.batch_tokens % self.pack_tokens:
+            raise ValueError(
+                f"batch_tokens ({self.batch_tokens}) must be a multiple of pack_tokens ({self.pack_tokens}): "
+                f"{self.batch_tokens} % {self.pack_tokens} = {self.batch_tokens % self.pack_tokens}"
+            )
+        if self.max_length > self.pack_tokens:
+            raise ValueError(f"max_length ({self.max_length}) must not exceed pack_tokens ({self.pack_tokens})")
+        if self.warmup_steps > self.steps:
+            raise ValueError(f"warmup_steps ({self.warmup_steps}) must not exceed steps ({self.steps})")
+        if self.checkpoint_every % self.log_every:
+            raise ValueError(
+                f"checkpoint_every ({self.checkpoint_every}) must be a multiple of log_every ({self.log_every}), "
+                "so that a resumed run writes the same rows"
+            )
+        if self.match == "layers":
+            for key in ("temperature", "kl", "ce"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} has no meaning with match: layers; take it out, or set match: logits")
+            if self.train == "all":
+                raise ValueError("train: all needs match: logits; with match: layers only token mixers have a gradient")
+        elif not self.kl + self.ce:
+            raise ValueError("kl and ce are both 0: nothing would be learned")
+        return self
+
+
 class ImportanceSampling(Section):
     """Correction of the difference between the rollout engine and the trainer (truncated importance sampling)."""
 
@@ -380,7 +454,7 @@ class RLVRStage(Section):
             raise ValueError(f"kl_control moves {name}, which starts at {start:g}: it must be in [{low:g}, {high:g}]")
 
 
-Stage = Annotated[SFTStage | RLVRStage, Field(discriminator="kind")]
+Stage = Annotated[SFTStage | DistillStage | RLVRStage, Field(discriminator="kind")]
 
 
 class Recipe(Section):
@@ -406,6 +480,7 @@ class Recipe(Section):
         """The recipe's problems and those that stages bring along."""
         own = [stage.data for stage in self.stages]
         own += [stage.ptx.data for stage in self.stages if stage.kind == "rlvr" and stage.ptx is not None]
+        own += [data for stage in self.stages if stage.kind == "distill" for data in stage.more_data]
         return [self.data, *(data for data in own if data is not None)]
 
     @model_validator(mode="after")

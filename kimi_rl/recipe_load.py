@@ -16,9 +16,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kimi_rl.errors import InputError
-from kimi_rl.recipe import Recipe, RLVRStage, SFTStage
+from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 
-STAGES: dict[str, type[BaseModel]] = {"sft": SFTStage, "rlvr": RLVRStage}
+STAGES: dict[str, type[BaseModel]] = {"sft": SFTStage, "distill": DistillStage, "rlvr": RLVRStage}
 MAX_ERRORS = 5
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -13,6 +13,7 @@ data: {task: arithmetic, params: {digits: 2}}
 stages:
 - {kind: sft, steps: 10}
 - {kind: rlvr, steps: 5}
+- {kind: distill, steps: 5, teacher: some/model, match: layers}
 """
 
 
@@ -42,6 +43,13 @@ def message(*overrides: str, text: str = BASE) -> str:
          "micro_batch_size (48) must divide the completions of one update (128 / updates_per_step 2 = 64)"),
         (["stages.1.epsilon_high=0.1"], "stages.1: epsilon_high (0.1) must not be below epsilon (0.2)"),
         (["stages.1.name=sft"], "stages: the name 'sft' stands 2 times; give each its own `name`"),
+        (["stages.2.batch_tokens=100", "stages.2.pack_tokens=64", "stages.2.max_length=64"],
+         "stages.2: batch_tokens (100) must be a multiple of pack_tokens (64): 100 % 64 = 36"),
+        (["stages.2.max_length=20000"], "stages.2: max_length (20000) must not exceed pack_tokens (16384)"),
+        (["stages.2.log_every=30"], "stages.2: checkpoint_every (100) must be a multiple of log_every (30)"),
+        (["stages.2.ce=0.5"], "stages.2: ce has no meaning with match: layers; take it out, or set match: logits"),
+        (["stages.2.train=all"], "stages.2: train: all needs match: logits"),
+        (["stages.2.match=logits", "stages.2.kl=0", "stages.2.ce=0"], "stages.2: kl and ce are both 0"),
         (["data.task="], "data: needs exactly one of `task` and `path`, found neither"),
         (["data.task=stack", "data.path=x"], "data: needs exactly one of `task` and `path`, found both"),
     ],
@@ -68,8 +76,8 @@ def test_rules_between_fields_give_the_numbers(overrides, expected):
         ("stages.1.loss_type=k15", "loss_type k15 takes rewards unscaled: set scale_rewards to none, found group"),
         ("reward.kind=mth", "unknown 'mth'; use one of math, exact, integer, choice or an import path"),
         ("name=a b", "name: found 'a b', expected letters, digits"),
-        ("stages.0=3", "stages.0: found 3, expected a mapping with a `kind`: sft or rlvr"),
-        ("stages.1.kind=rlvx", "stages.1.kind: found 'rlvx', expected sft or rlvr (did you mean rlvr?)"),
+        ("stages.0=3", "stages.0: found 3, expected a mapping with a `kind`: sft, distill or rlvr"),
+        ("stages.1.kind=rlvx", "stages.1.kind: found 'rlvx', expected sft, distill or rlvr (did you mean rlvr?)"),
         ("data=", "data: found nothing, expected a mapping"),
     ],
 )
@@ -79,7 +87,7 @@ def test_field_errors_say_what_was_found_and_expected(override, expected):
 
 def test_missing_fields():
     line = message(text="data: {task: a}\nstages: [{steps: 1}, {kind: sft}]")
-    assert "stages.0: `kind` is missing, expected sft or rlvr" in line
+    assert "stages.0: `kind` is missing, expected sft, distill or rlvr" in line
     assert "stages.1.steps: missing, expected a whole number" in line
     assert "stages: missing, expected a list" in message(text="data: {task: a}")
     assert "data: missing, expected a mapping with `task`" in message(text="stages: [{kind: sft, steps: 1}]")
@@ -171,7 +179,7 @@ def test_text_fields_take_the_value_as_it_stands():
         ("stages.0.group_size=4", "unknown key `stages.0.group_size`"),
         ("stages.1.rollout.temprature=1", "did you mean `stages.1.rollout.temperature`?"),
         ("stages.rlv.steps=1", "no stage 'rlv', did you mean `stages.rlvr`?"),
-        ("stages.5.steps=1", "`stages` has 2 entries, numbered from 0"),
+        ("stages.5.steps=1", "`stages` has 3 entries, numbered from 0"),
         ("seed.x=1", "`seed` is not set and has no part `x`"),
         ("name.x=1", "`name` is 'base' and has no part `x`"),
         ("seed", "expected dotted.key=value"),

@@ -26,7 +26,7 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = weight.to(dtype)
         logps = torch.empty(tokens.shape, dtype=dtype, device=hidden.device)
         log_z, entropies = torch.empty_like(logps), torch.empty_like(logps)
-        for rows in _tiles(len(tokens), tile):
+        for rows in tiles(len(tokens), tile):
             z = (hidden[rows].to(dtype) @ wide.T).div_(temperature)
             log_z[rows] = z.logsumexp(-1)
             logps[rows] = z.gather(-1, tokens[rows, None]).squeeze(-1) - log_z[rows]
@@ -46,7 +46,7 @@ class _TokenLogprobs(torch.autograd.Function):
         wide = weight.to(dtype)
         d_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
-        for rows in _tiles(len(tokens), ctx.tile):
+        for rows in tiles(len(tokens), ctx.tile):
             x = hidden[rows].to(dtype)
             log_p = (x @ wide.T).div_(ctx.temperature).sub_(log_z[rows, None])
             p = log_p.exp()
@@ -65,7 +65,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
-def _tiles(count: int, tile: int) -> list[slice]:
+def tiles(count: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
 
 

@@ -99,7 +99,8 @@ def write_comparison(
         entry |= {"folder": run.folder, "held_out": {}, "seconds": None}
         if entry["status"] == "complete":
             summary = stored.summary()
-            entry["held_out"] = {s["name"]: s["held_out_accuracy"] for s in summary["stages"]}
+            known = [stage for stage in summary["stages"] if "held_out_accuracy" in stage]  # not of a distill stage
+            entry["held_out"] = {stage["name"]: stage["held_out_accuracy"] for stage in known}
             entry["seconds"] = summary["seconds"]
             curves[run.arm, run.seed] = read_stages(stored)
             records[run.arm, run.seed] = records_of(stored, curves[run.arm, run.seed])

@@ -104,7 +104,7 @@ def records_of(run: RunDir, stages: dict[str, StageCurves]) -> dict[str, list]:
     for name, stage in stages.items():
         if stage.questions:
             found[f"{name}: evaluation prompts"] = list(stage.questions)
-        if stage.kind == "sft":
+        if stage.kind in ("sft", "distill"):
             found[f"{name}: tokens of every step"] = np.round(stage.train["step_tokens"]).astype(int).tolist()
         steps = run.rollout_steps(name)
         if steps:

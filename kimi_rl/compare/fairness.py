@@ -72,7 +72,7 @@ def _cost(recipe: Recipe, context: list[int]) -> ArmCost:
     config = model_config(recipe)
     counts = describe(config)
     length = max(
-        stage.max_length if stage.kind == "sft" else stage.rollout.max_tokens for stage in recipe.stages
+        stage.rollout.max_tokens if stage.kind == "rlvr" else stage.max_length for stage in recipe.stages
     )
     kinds = {"linear_attention": "K", "full_attention": "M"}
     return ArmCost(

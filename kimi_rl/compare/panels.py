@@ -72,7 +72,10 @@ _COLUMNS = (
     _Column("train", "staleness_mean", "Staleness of the samples", y_label="updates behind", smooth=False),
     _Column("train", "truncated_share", "Completions cut off", percent=True),
 )
-_ONLY = {"sft": {"loss", "mean_token_accuracy", "held_out_accuracy", "avg_at_k", "entropy", "mean_length"}}
+_ONLY = {
+    "sft": {"loss", "mean_token_accuracy", "held_out_accuracy", "avg_at_k", "entropy", "mean_length"},
+    "distill": {"loss", "held_out_accuracy", "avg_at_k", "mean_length"},
+}
 _X_LABELS = {"step": "step", "tokens": "tokens read by the learner", "seconds": "seconds of training"}
 BANDS_NOTE = "mean over seeds; dark band: 95 % at one step, light band: 95 % at all steps together; thin: single seeds"
 
@@ -89,7 +92,7 @@ def curve_panels(
         kind = next(iter(own.values())).kind
         for column in _COLUMNS:
             # A policy's loss says nothing; a supervised stage has no rollouts.
-            if (kind == "sft" and column.column not in _ONLY["sft"]) or (kind != "sft" and column.column == "loss"):
+            if column.column not in _ONLY[kind] if kind in _ONLY else column.column == "loss":
                 continue
             panels += _panels_of(own, column, arms, stage)
         panels += _difference_panels(own, arms, reference, stage)

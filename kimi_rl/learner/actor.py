@@ -27,6 +27,7 @@ class Learner:
         from transformers import set_seed
         from transformers.utils import logging as hf_logging
 
+        from kimi_rl.learner.distill import run_distill
         from kimi_rl.learner.rlvr_stage import run_rlvr
         from kimi_rl.learner.sft import run_sft
 
@@ -36,9 +37,12 @@ class Learner:
         start = time.perf_counter()
         context = StageContext(job)
         try:
-            run = {"sft": run_sft, "rlvr": run_rlvr}[context.stage.kind]
-            run(context)
-            figures = context.evaluate(context.stage.steps, context.stage.steps, "after")
+            if context.stage.kind == "distill":
+                figures = run_distill(context)
+            else:
+                run = {"sft": run_sft, "rlvr": run_rlvr}[context.stage.kind]
+                run(context)
+                figures = asdict(context.evaluate(context.stage.steps, context.stage.steps, "after"))
             model = context.save_final()
         finally:
             context.close()
@@ -47,6 +51,6 @@ class Learner:
             "kind": context.stage.kind,
             "model": str(model),
             "seconds": time.perf_counter() - start,
-            "workers_restarted": context.pool.restarts,
-            **asdict(figures),
+            "workers_restarted": context.pool.restarts if context.pool is not None else 0,
+            **figures,
         }

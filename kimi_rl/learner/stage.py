@@ -21,7 +21,7 @@ from kimi_rl.errors import InputError
 from kimi_rl.evaluate import Evaluation, evaluate
 from kimi_rl.model.load_save import load_model, load_tokenizer, save_model
 from kimi_rl.model.naming import load_into, to_checkpoint
-from kimi_rl.recipe import Recipe, RLVRStage, SFTStage
+from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
 from kimi_rl.run_dir import RunDir
@@ -53,7 +53,7 @@ class StageContext:
     def __init__(self, job: StageJob):
         self.job = job
         self.recipe = job.recipe
-        self.stage: SFTStage | RLVRStage = job.recipe.stages[job.index]
+        self.stage: SFTStage | DistillStage | RLVRStage = job.recipe.stages[job.index]
         self.run_dir = RunDir(Path(job.run_dir))
         self.folder = self.run_dir.stage_dir(job.index, self.stage.name)
         self.model = load_model(job.start_model, dtype=torch.float32, device=job.device)
@@ -61,7 +61,13 @@ class StageContext:
         self.problems = load_problems(self.stage.data or self.recipe.data)
         self.held_out_ids = [self.prompt_ids(row) for row in self.problems.held_out["prompt"]]
         self.held_out_golds = list(self.problems.held_out["answer"])
-        reward = self.recipe.reward
+        self.verifier: VerifierPool | None = None
+        self.pool: RolloutPool | None = None
+        if self.stage.eval is not None:  # a stage that generates nothing needs no workers
+            self._start_workers()
+
+    def _start_workers(self) -> None:
+        job, reward = self.job, self.recipe.reward
         self.verifier = VerifierPool(workers=reward.workers, deadline_s=reward.deadline_s)
         self.pool = RolloutPool(
             **pool_settings(
@@ -108,8 +114,8 @@ class StageContext:
         update(to_checkpoint(self.model), version)
         return time.perf_counter() - start
 
-    def evaluate(self, step: int, version: int, when: str) -> Evaluation:
-        """Evaluate the current weights on the held-out problems, and record the figures."""
+    def evaluate(self, step: int, version: int, when: str, **more: Any) -> Evaluation:
+        """Evaluate the current weights on the held-out problems, and record the figures, and `more` in the same row."""
         start = time.perf_counter()
         self.sync(version)
         figures, records = evaluate(
@@ -125,7 +131,7 @@ class StageContext:
         for record, question in zip(records, self.problems.held_out["question"], strict=False):
             record["question"] = question
         self.run_dir.write_rollouts(f"{self.stage.name}_eval_{when}", step, records)
-        self.record("eval", step, when=when, eval_s=time.perf_counter() - start, **figures.row())
+        self.record("eval", step, when=when, eval_s=time.perf_counter() - start, **figures.row(), **more)
         return figures
 
     def record(self, type_: str, step: int, **values: Any) -> None:
@@ -190,8 +196,9 @@ class StageContext:
         return target
 
     def close(self) -> None:
-        self.pool.close()
-        self.verifier.close()
+        for workers in (self.pool, self.verifier):
+            if workers is not None:
+                workers.close()
 
 
 class RecordCallback(TrainerCallback):
@@ -218,8 +225,7 @@ class RecordCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._end_step is not None:
             self._end_step()
-        every = self._context.stage.eval.every
-        if every and state.global_step % every == 0 and state.global_step < state.max_steps:
+        if is_due(self._context.stage.eval.every, state):
             self._context.evaluate(state.global_step, state.global_step, "during")
 
     def on_save(self, args, state, control, **kwargs):
@@ -227,6 +233,11 @@ class RecordCallback(TrainerCallback):
         if self._state is not None:
             (folder / ROLLOUT_STATE).write_text(json.dumps(self._state()))
         (folder / COMPLETE_MARK).write_text(json.dumps({"policy_version": state.global_step}))
+
+
+def is_due(every: int, state: Any) -> bool:
+    """Whether something that comes every so many steps (0: never) comes after this one, which is not the last."""
+    return bool(every) and state.global_step % every == 0 and state.global_step < state.max_steps
 
 
 class CheckpointNames:

@@ -126,6 +126,22 @@ _SFT = [
     ),
     Lines("Entropy", "of the model, mean per token", {"entropy": ("entropy", TEAL)}, "nats"),
 ]  # fmt: skip
+_DISTILL = [
+    Lines("Loss", "what is minimised", {"loss": ("loss", BLUE)}, smooth=True, log=True),
+    Lines(
+        "Error of the layers",
+        "of a token mixer's output against the teacher's attention, relative to its power, on training texts",
+        {"layer_error_mean": ("mean", BLUE), "layer_error_max": ("worst layer", RED)},
+        log=True,
+    ),
+    Lines(
+        "KL to the teacher", "of the training texts, per token", {"kl_to_teacher": ("KL", PURPLE)}, "nats", smooth=True,
+    ),
+    Lines(
+        "Cross-entropy", "of the training texts, per token", {"cross_entropy": ("cross-entropy", GREEN)}, "nats",
+        smooth=True,
+    ),
+]  # fmt: skip
 _BOTH = [
     Lines("Gradient norm", "before clipping", {"grad_norm": ("norm", TEAL)}, smooth=True),
     Lines("Learning rate", "of the last update", {"learning_rate": ("learning rate", GREY)}, from_zero=True),
@@ -148,10 +164,11 @@ def stage_charts(kind: str, train: Sequence[Row], evals: Sequence[Row], recipe_s
     `train` and `evals` are its rows in order of step; `recipe_stage` is its entry in the resolved recipe.
     """
     bar = (recipe_stage.get("mismatch") or {}).get("max_kl")
-    charts = [_accuracy(train, evals)]
-    for lines in [*(_SFT if kind == "sft" else _RLVR), *_BOTH]:
+    charts = [_accuracy(train, evals), _perplexity(evals), _by_layer(evals)]
+    own = {"sft": _SFT, "distill": _DISTILL}.get(kind, _RLVR)
+    for lines in [*own, *_BOTH]:
         charts.append(_lines(lines, train, bar if "mismatch_kl" in lines.columns else None))
-    charts.insert(2, _stacked("Verdicts", "of the step's completions", _VERDICT_BARS, train, "completions"))
+    charts.insert(4, _stacked("Verdicts", "of the step's completions", _VERDICT_BARS, train, "completions"))
     split = _stacked("Step time", "where the seconds of a step go", _TIME_BARS, train, "s")
     charts.append(split or _lines(_STEP_TIME, train))
     charts.append(_ages(train))
@@ -178,6 +195,37 @@ def _accuracy(train: Sequence[Row], evals: Sequence[Row]) -> Chart | None:
         return None
     layout = {"yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
     return Chart("Accuracy", "bars: one standard error", {"data": traces, "layout": _layout(layout)})
+
+
+def _perplexity(evals: Sequence[Row]) -> Chart | None:
+    """Held-out perplexities of student and teacher."""
+    traces = []
+    for column, name, colour in (
+        ("student_perplexity", "student", BLUE), ("teacher_perplexity", "teacher", GREY)
+    ):  # fmt: skip
+        rows = [row for row in evals if row.get(column) is not None]
+        if rows:
+            trace = _line([r["step"] for r in rows], [r[column] for r in rows], name, colour, percent=False)
+            traces.append(trace | {"mode": "lines+markers"})
+    if not traces:
+        return None
+    layout = {"yaxis": {"type": "log"}}
+    return Chart("Perplexity", "on held-out texts", {"data": traces, "layout": _layout(layout)})
+
+
+def _by_layer(evals: Sequence[Row]) -> Chart | None:
+    """The layers' errors at the first and the last evaluation that has them."""
+    rows = [row for row in evals if row.get("layer_errors")]
+    traces = [
+        {"type": "bar", "x": list(range(len(row["layer_errors"]))), "y": [_short(v) for v in row["layer_errors"]],
+         "name": f"step {row['step']}", "marker": {"color": colour}}
+        for row, colour in zip(rows[:1] + rows[1:][-1:], (GREY, BLUE), strict=False)
+    ]  # fmt: skip
+    if not traces:
+        return None
+    layout = _layout({"barmode": "group", "yaxis": {"type": "log"}}) | {"xaxis": {"title": {"text": "layer"}}}
+    note = "of a token mixer's output against the teacher's attention, relative to its power, on held-out texts"
+    return Chart("Error by layer", note, {"data": traces, "layout": layout})
 
 
 def _lines(lines: Lines, rows: Sequence[Row], bar: float | None = None) -> Chart | None:

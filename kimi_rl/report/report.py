@@ -52,6 +52,8 @@ def render_text_summary(run_dir: Path) -> str:
     for stage in run["stages"]:
         before, after = stage["before"], stage["after"]
         text = f"  {stage['name']:<{width}}  {stage['kind']:<4}  step {stage['step']}/{stage['total'] or '?'}"
+        if found := stage["perplexity"]:
+            text += f"  perplexity {found['before']:.3f} -> {found['after']:.3f} (teacher {found['teacher']:.3f})"
         if before or after:
             text += f"  held-out {_with_se(before)} -> {_with_se(after)}"
         if stage["change"] is not None:
@@ -135,8 +137,9 @@ def _describe_stage(
     evals = sorted((row for row in rows if row.get("type") == "eval"), key=lambda row: row["step"])
     before = _evaluation([row for row in evals if row.get("when") == "before"])
     after = _evaluation([row for row in evals if row.get("when") != "before"])
-    # The stage starts from the model that the previous one ended with.
-    before = before or (previous if rows else None)
+    kind = str(entry.get("kind") or next((row["kind"] for row in rows if row.get("kind")), "?"))
+    if kind != "distill":  # the stage starts from the model that the previous one ended with
+        before = before or (previous if rows else None)
     step = max((row["step"] for row in train), default=0)
     total = entry.get("steps") or next((row["steps_total"] for row in rows if row.get("steps_total")), None)
     times = [row["time"] for row in rows if isinstance(row.get("time"), (int, float))]
@@ -144,13 +147,14 @@ def _describe_stage(
     notes = [row["text"] for row in rows if row.get("type") == "note" and row.get("text")]
     return {
         "name": name,
-        "kind": str(entry.get("kind") or next((row["kind"] for row in rows if row.get("kind")), "?")),
+        "kind": kind,
         "step": step,
         "total": total,
         "share": min(100, round(100 * step / total)) if total else 0,
         "before": before,
         "after": after,
         "change": after["accuracy"] - before["accuracy"] if before and after else None,
+        "perplexity": _perplexities(evals),
         "seconds": reported or (max(times) - min(times) if times else None),
         "notes": list(dict.fromkeys(notes)),
         "train": train,
@@ -173,6 +177,15 @@ def _evaluation(rows: list[Row]) -> dict[str, Any] | None:
         "n": row.get("n"),
         "label": f"greedy, so far (step {row['step']})" if inside else "greedy",
     }
+
+
+def _perplexities(evals: list[Row]) -> dict[str, float] | None:
+    """Held-out perplexity of a distilled model at the first and the last evaluation, and its teacher's."""
+    rows = [row for row in evals if row.get("student_perplexity") is not None]
+    if not rows:
+        return None
+    first, last = rows[0]["student_perplexity"], rows[-1]["student_perplexity"]
+    return {"before": first, "after": last, "teacher": rows[-1]["teacher_perplexity"]}
 
 
 def _deduplicate(rows: list[Row]) -> list[Row]:

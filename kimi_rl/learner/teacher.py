@@ -1,0 +1,106 @@
+"""The teacher of a distillation: a plain transformer on packed rows, with a look at every layer's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import AttentionInterface, KimiLinearConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+from kimi_rl.errors import InputError
+from kimi_rl.kernels.segments import Segments
+from kimi_rl.kernels.varlen_attention import varlen_attention
+from kimi_rl.learner.packing import Pack
+from kimi_rl.model.source import load_source
+
+# What `Teacher.run` calls for each layer in order: its number, its input and its attention's output, both [1, T, D].
+OnAttention = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+_PACKED = "kimi_rl_packed"
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: None,
+    *,
+    scaling: float,
+    segments: Segments,
+    sliding_window: int | None = None,
+    **unused: object,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention interface on a packed row: query [1, H, T, K], key and value [1, G, T, .] for G groups of
+    heads; returns [1, T, H, V]. `segments` comes through the model's keyword arguments."""
+    longest = max(segments.lengths())
+    if sliding_window is not None and longest > sliding_window:
+        raise InputError(
+            f"teacher: its attention looks back {sliding_window} tokens, a text has {longest}; lower max_length"
+        )
+    heads = query.shape[1]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    return varlen_attention(q, k, v, segments, scale=scaling).unsqueeze(0), None
+
+
+AttentionInterface.register(_PACKED, packed_attention)
+
+
+class Teacher:
+    """A frozen causal language model of another family. Texts of a packed row do not see each other in it."""
+
+    def __init__(self, path: str, where: str, *, dtype: torch.dtype, device: str | torch.device):
+        self.model = load_source(path, where, dtype=dtype, device=device, attention=_PACKED)
+        self.layers = self.model.base_model.layers
+
+    @property
+    def head(self) -> torch.Tensor:
+        """[V, D], the output head."""
+        return self.model.get_output_embeddings().weight
+
+    @torch.no_grad()
+    def run(self, pack: Pack, on_attention: OnAttention | None = None) -> torch.Tensor:
+        """The last hidden states [T, D]. Gradients are off, also where `on_attention` runs."""
+        hooks = []
+        if on_attention is not None:
+            inputs: dict[int, torch.Tensor] = {}
+
+            def keep(index: int):
+                def hook(layer, args, kwargs):
+                    inputs[index] = args[0] if args else kwargs["hidden_states"]
+
+                return hook
+
+            def tell(index: int):
+                return lambda attention, args, output: on_attention(index, inputs.pop(index), output[0])
+
+            for index, layer in enumerate(self.layers):
+                hooks.append(layer.register_forward_pre_hook(keep(index), with_kwargs=True))
+                hooks.append(layer.self_attn.register_forward_hook(tell(index)))
+        try:
+            out = self.model.base_model(
+                input_ids=pack.input_ids, position_ids=pack.positions, segments=pack.segments, use_cache=False
+            )
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return out.last_hidden_state[0]
+
+
+def check_pair(teacher: PreTrainedConfig, student: KimiLinearConfig, where: str, *, vocabulary: bool = True) -> None:
+    """Raises InputError unless the two fit layer by layer. `where` (the recipe's field) opens the message.
+
+    Without `vocabulary` the sizes of the vocabularies are left out.
+    """
+    fields = ["num_hidden_layers", "hidden_size", *(["vocab_size"] if vocabulary else [])]
+    differing = [
+        f"{field} {getattr(teacher, field)}, the student's is {getattr(student, field)}"
+        for field in fields
+        if getattr(teacher, field) != getattr(student, field)
+    ]
+    if differing:
+        raise InputError(
+            f"{where}: the teacher has {'; '.join(differing)}; start from a model that `kimi-rl convert` made of it"
+        )

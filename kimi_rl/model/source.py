@@ -1,0 +1,92 @@
+"""Plain transformers that are not trained here: what a model is converted from, what it learns from.
+
+A source is a folder in Hugging Face layout, a hub id, a GGUF file, or a folder that holds one GGUF file.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from kimi_rl.errors import InputError
+
+# Softmax attention in every layer, through transformers' attention interface, and nothing else that mixes tokens.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def read_source_config(path: str, where: str) -> PreTrainedConfig:
+    """The configuration of a source; loads no weights. `where` (a field of the recipe) opens the message of errors.
+
+    Raises InputError where there is no such model, or one of another family than `FAMILIES`.
+    """
+    source, gguf = _locate(path, where)
+    try:
+        config = AutoConfig.from_pretrained(source, **gguf)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{where}: cannot read {path}: {_one_line(error)}") from error
+    if config.model_type not in FAMILIES:
+        raise InputError(
+            f"{where}: {path} has model_type {config.model_type!r}; known are {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def load_source(
+    path: str, where: str, *, dtype: torch.dtype, device: str | torch.device, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The model of a source, in eval mode and without gradients. `attention`: a name in transformers' interface."""
+    read_source_config(path, where)
+    source, gguf = _locate(path, where)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **gguf)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise InputError(f"{where}: cannot load {path}: {_one_line(error)}") from error
+    return model.to(device).eval().requires_grad_(False)
+
+
+def load_source_tokenizer(path: str, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a source. Raises InputError where there is none."""
+    source, gguf = _locate(path, where)
+    try:
+        return AutoTokenizer.from_pretrained(source, **gguf)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{where}: no tokenizer in {path}: {_one_line(error)}") from error
+
+
+def _locate(path: str, where: str) -> tuple[str, dict[str, str]]:
+    """Where `from_pretrained` finds the source, and `gguf_file` if it is one."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise InputError(f"{where}: {path} is a file; give a folder, a hub id or a .gguf file")
+        return _gguf(place, where)
+    if place.is_dir():
+        if (place / "config.json").is_file():
+            return str(place), {}
+        found = sorted(place.glob("*.gguf"))
+        if len(found) != 1:
+            raise InputError(
+                f"{where}: {path} has no config.json and {len(found) or 'no'} .gguf file{'s' * (len(found) != 1)}; "
+                "give a folder in Hugging Face layout or one .gguf file"
+            )
+        return _gguf(found[0], where)
+    if not _HUB_ID.fullmatch(path):
+        raise InputError(f"{where}: {path} is neither a folder, a .gguf file nor a hub id like owner/name")
+    return path, {}
+
+
+def _gguf(file: Path, where: str) -> tuple[str, dict[str, str]]:
+    if find_spec("gguf") is None:
+        raise InputError(f"{where}: {file} needs the package gguf; run `pip install gguf`")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,152 @@
+"""The distillation loss in tiles against its plain form, and the pieces it is used with."""
+
+import pytest
+import torch
+
+from kimi_rl.kernels.distill_loss import distill_loss, distill_loss_reference, distill_loss_torch
+from kimi_rl.learner.optimizers import MuonWithAdamW, muon_with_adamw
+from kimi_rl.objective import relative_error
+
+
+def inputs(tokens=11, vocabulary=17, width=6, teacher_width=5, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    teacher = torch.randn(tokens, teacher_width, dtype=dtype), torch.randn(vocabulary, teacher_width, dtype=dtype)
+    return hidden, weight, *teacher, torch.randint(vocabulary, (tokens,))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0), (0.7, 0.3)])
+@pytest.mark.parametrize("tile", [1, 4, 100])
+def test_tiles_equal_the_plain_form_with_their_gradients(temperature, weights, tile):
+    settings = dict(temperature=temperature, kl_weight=weights[0], ce_weight=weights[1])
+    found, wanted = inputs(), inputs()
+    ours = distill_loss_torch(*found, **settings, tile=tile)
+    theirs = distill_loss_reference(*wanted, **settings)
+    torch.testing.assert_close([x.detach() for x in ours], [x.detach() for x in theirs], rtol=1e-12, atol=1e-12)
+    (3 * ours[0]).backward()  # a gradient from above that is not 1
+    (3 * theirs[0]).backward()
+    torch.testing.assert_close(found[0].grad, wanted[0].grad, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[1].grad, wanted[1].grad, rtol=1e-10, atol=1e-12)
+
+
+def test_gradient_by_finite_differences():
+    hidden, weight, *rest = inputs(tokens=4, vocabulary=7, width=3)
+    settings = dict(temperature=1.7, kl_weight=0.6, ce_weight=0.4, tile=3)
+    assert torch.autograd.gradcheck(lambda h, w: distill_loss_torch(h, w, *rest, **settings)[0], (hidden, weight))
+
+
+def test_the_loss_is_zero_at_the_teacher_and_says_its_parts():
+    hidden, weight, *_, labels = inputs()
+    same = distill_loss(hidden, weight, hidden, weight, labels, temperature=3.0)
+    assert same.loss.item() == pytest.approx(0, abs=1e-12)
+    same.loss.backward()
+    assert hidden.grad.abs().max() < 1e-12
+    found = distill_loss(*inputs(), temperature=2.0, kl_weight=0.5, ce_weight=0.25)
+    assert found.loss.item() == pytest.approx((0.5 * 4 * found.kl + 0.25 * found.ce).item())
+    assert not found.kl.requires_grad and not found.ce.requires_grad
+
+
+def test_products_in_bf16_are_summed_in_float32():
+    data = inputs(tokens=64, vocabulary=300, width=32, teacher_width=32, dtype=torch.float32)
+    exact = distill_loss(*data, ce_weight=1.0)
+    rough = distill_loss(*data, ce_weight=1.0, matmul_dtype=torch.bfloat16)
+    assert exact.loss.dtype == rough.loss.dtype == torch.float32
+    assert rough.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
+    (gradient,) = torch.autograd.grad(exact.loss, data[1])
+    (close,) = torch.autograd.grad(rough.loss, data[1])
+    assert (gradient - close).norm() < 0.02 * gradient.norm()
+
+
+def test_wrong_shapes_and_temperatures_are_refused():
+    hidden, weight, teacher_hidden, teacher_weight, labels = inputs()
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        distill_loss(hidden, weight, teacher_hidden[1:], teacher_weight, labels)
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        distill_loss(hidden, weight, teacher_hidden, teacher_weight, labels, temperature=0.0)
+
+
+def test_relative_error():
+    wanted = torch.tensor([3.0, 4.0])
+    assert relative_error(torch.zeros(2), wanted).item() == 1
+    assert relative_error(wanted, wanted).item() == 0
+    assert relative_error(torch.tensor([3.0, 9.0]).bfloat16(), wanted).item() == 1
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------
+
+
+def small_model():
+    torch.manual_seed(1)
+    return torch.nn.ModuleDict(
+        {
+            "model": torch.nn.ModuleDict(
+                {
+                    "embed": torch.nn.Embedding(8, 6),
+                    "layers": torch.nn.ModuleList([torch.nn.Linear(6, 6), torch.nn.LayerNorm(6)]),
+                }
+            )
+        }
+    )
+
+
+def step(model, optimizer):
+    x = model["model"]["embed"].weight
+    for layer in model["model"]["layers"]:
+        x = layer(x)
+    optimizer.zero_grad()
+    x.square().mean().backward()
+    optimizer.step()
+
+
+class Reachable(torch.nn.Module):
+    """`model.model.layers`, as a causal language model has it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.model = torch.nn.Module()
+        self.model.embed, self.model.layers = inner["model"]["embed"], inner["model"]["layers"]
+
+
+def test_muon_gets_hidden_matrices_and_both_parts_follow_one_schedule():
+    model = Reachable(small_model())
+    optimizer = muon_with_adamw(model, lr=0.1, weight_decay=0.01)
+    muon, adamw = optimizer.parts
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert [p.shape for g in muon.param_groups for p in g["params"]] == [(6, 6)]
+    decayed = {p.shape: g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert decayed == {(8, 6): 0.01, (6,): 0.0}
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
+    optimizer.step()
+    schedule.step()
+    assert {group["lr"] for part in optimizer.parts for group in part.param_groups} == {0.05}
+
+
+def test_frozen_parameters_are_left_out():
+    model = Reachable(small_model()).requires_grad_(False)
+    model.model.layers[0].weight.requires_grad_(True)
+    (muon,) = muon_with_adamw(model, lr=0.1, weight_decay=0.0).parts
+    assert isinstance(muon, torch.optim.Muon)
+
+
+def test_a_reloaded_optimizer_goes_on_the_same(tmp_path):
+    def make():
+        inner = small_model()
+        layers = inner["model"]["layers"]
+        others = [inner["model"]["embed"].weight, layers[0].bias, *layers[1].parameters()]
+        return inner, MuonWithAdamW([layers[0].weight], others, lr=0.1, weight_decay=0.1)
+
+    one, ours = make()
+    for _ in range(4):
+        step(one, ours)
+    two, theirs = make()
+    for _ in range(2):
+        step(two, theirs)
+    torch.save(theirs.state_dict(), tmp_path / "optimizer.pt")
+    three, again = make()
+    three.load_state_dict(two.state_dict())
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for _ in range(2):
+        step(three, again)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), three.parameters(), strict=True))
