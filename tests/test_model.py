@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import KimiLinearConfig
 
 from kimi_rl.errors import InputError
+from kimi_rl.kernels.kda_step import kda_step
 from kimi_rl.model import load_save, modeling
 from kimi_rl.model.load_save import create_model, load_model, load_tokenizer, save_model
-from kimi_rl.model.modeling import KimiLinearForCausalLM
+from kimi_rl.model.modeling import FUSED_DECODE, KimiLinearForCausalLM
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.model.presets import SIZES, build_config, describe, hybrid_pattern
 from kimi_rl.recipe import ModelSection
@@ -72,6 +73,22 @@ def test_prefill_and_decoding_equal_the_full_forward(arch, mlp, std, tolerance):
         cache = out.past_key_values
         pieces.append(out.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=tolerance)
+
+
+@torch.no_grad()
+def test_decoding_in_one_kernel_equals_the_full_forward(monkeypatch):
+    model, ids = make_model(), tokens(2, 40)
+    full = model(ids, use_cache=False).logits
+    monkeypatch.setenv(FUSED_DECODE, "1")
+    fused = []
+    monkeypatch.setattr(modeling, "kda_step", lambda *args, **kwargs: fused.append(1) or kda_step(*args, **kwargs))
+    cache, pieces = None, []
+    for part in ids.split([30, 1, 1, 5, 1, 2], dim=1):
+        out = model(part, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        pieces.append(out.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=0, atol=1e-4)
+    assert len(fused) == 3 * model.config.layer_types.count("linear_attention")
 
 
 @torch.no_grad()

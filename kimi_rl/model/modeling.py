@@ -16,6 +16,7 @@ Left padding works everywhere; right padding everywhere except for decoding on f
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,10 +28,14 @@ from kimi_rl.kernels.dispatch import compute_dtype
 from kimi_rl.kernels.kda_chunk import kda_chunk
 from kimi_rl.kernels.kda_decode import kda_decode
 from kimi_rl.kernels.kda_gate import kda_gate
+from kimi_rl.kernels.kda_step import kda_step
 from kimi_rl.kernels.logprob import token_logprobs
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.short_conv import short_conv
 from kimi_rl.kernels.varlen_attention import varlen_attention
+
+# `KIMI_RL_FUSED_DECODE=1`: a KDA layer decodes in one kernel. Off unless asked for: not yet measured on a card.
+FUSED_DECODE = "KIMI_RL_FUSED_DECODE"
 
 # Parameters and buffers kept in float32, by the last parts of their names.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "conv1d.weight", "e_score_correction_bias")
@@ -61,6 +66,8 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
         hidden_states = hf.apply_mask_to_padding_states(hidden_states, attention_mask)
         batch, length = hidden_states.shape[:2]
         heads = (batch, length, self.num_heads, self.head_dim)
+        if segments is None and length == 1 and self._decodes_fused(cache_params):
+            return self.o_proj(self._step(hidden_states[:, 0], cache_params.layers[self.layer_idx])).unsqueeze(1)
 
         qkv = torch.cat(
             [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
@@ -105,6 +112,33 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
         if cache_params is not None:
             cache_params.update_recurrent_state(state, self.layer_idx)
         return o
+
+    def _decodes_fused(self, cache_params) -> bool:
+        return (
+            cache_params is not None
+            and cache_params.has_previous_state(self.layer_idx)
+            and os.environ.get(FUSED_DECODE) == "1"
+            and not torch.is_grad_enabled()
+        )
+
+    def _step(self, hidden: torch.Tensor, layer) -> torch.Tensor:
+        """One token, hidden [B, D], from and into the layer's cache: the input of `o_proj` [B, H*V]."""
+        gate = self.forget_gate
+        return kda_step(
+            self.q_proj(hidden),
+            self.k_proj(hidden),
+            self.v_proj(hidden),
+            gate.f_b_proj(gate.f_a_proj(hidden)),
+            self.b_proj(hidden),
+            self.g_b_proj(self.g_a_proj(hidden)),
+            layer.conv_states[0],
+            layer.recurrent_states[0].transpose(-1, -2),
+            conv_weight=self.conv1d.weight.squeeze(1),
+            A_log=gate.A_log,
+            dt_bias=gate.dt_bias,
+            norm_weight=self.o_norm.weight,
+            eps=self.o_norm.variance_epsilon,
+        )
 
     def _over_segments(
         self, qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, segments: Segments

@@ -1,0 +1,142 @@
+"""One decoding step of a KDA layer in one launch (Triton).
+
+A program takes one head of one sequence. Its state, V x K float32 (64 KiB at 128 x 128), is read once, stays in
+registers and is written once; all else is small beside it. So the floor is the time of moving the states.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _convolved(
+    new_ptr, conv_state_ptr, weight_ptr, row, slot, channel, first, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    stride_new, stride_slot, stride_channel, stride_time, stride_weight,
+    LENGTH: tl.constexpr, LENGTH_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the convolution of one head's channels [BLOCK], and the conv state as it will be [BLOCK, LENGTH_BLOCK].
+
+    `channel`: the first of the head's channels among all; `first`: among those of `new_ptr`.
+    """
+    at = tl.arange(0, BLOCK)
+    real = at < SIZE
+    new = tl.load(new_ptr + row * stride_new + first + at, mask=real, other=0.0).to(tl.float32)
+    time = tl.arange(0, LENGTH_BLOCK)
+    place = conv_state_ptr + slot * stride_slot + (channel + at)[:, None] * stride_channel + time[None, :] * stride_time
+    old = tl.load(place, mask=real[:, None] & (time < LENGTH)[None, :], other=0.0).to(tl.float32)
+    # Input `time` of the state meets tap time - (LENGTH - (WIDTH - 1)); the newest input meets the last.
+    tap = time - (LENGTH - WIDTH + 1)
+    weights = tl.load(
+        weight_ptr + (channel + at)[:, None] * stride_weight + tap[None, :],
+        mask=real[:, None] & ((tap >= 0) & (time < LENGTH))[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    last = tl.load(weight_ptr + (channel + at) * stride_weight + WIDTH - 1, mask=real, other=0.0).to(tl.float32)
+    y = tl.sum(old * weights, axis=1) + new * last
+    # The state moves on by one: read again, one later, rather than moved between threads.
+    moved = tl.load(place + stride_time, mask=real[:, None] & (time < LENGTH - 1)[None, :], other=0.0).to(tl.float32)
+    moved = tl.where((time == LENGTH - 1)[None, :], new[:, None], moved)
+    return y * tl.sigmoid(y), moved, place, real[:, None] & (time < LENGTH)[None, :]
+
+
+@triton.jit
+def _step_kernel(
+    q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, gate_ptr, conv_state_ptr, state_ptr, out_ptr,
+    conv_weight_ptr, a_log_ptr, dt_bias_ptr, norm_weight_ptr, slots_ptr,
+    scale, eps,
+    stride_q, stride_k, stride_v, stride_g, stride_beta, stride_gate, stride_out,
+    stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight,
+    stride_state_slot, stride_state_head, stride_state_v, stride_state_k,
+    HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    LENGTH: tl.constexpr, LENGTH_BLOCK: tl.constexpr, WIDTH: tl.constexpr, HAS_SLOTS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = tl.program_id(0) % HEADS
+    over_k, over_v = tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
+    real_k, real_v = over_k < K, over_v < V
+    out_place = out_ptr + row * stride_out + head * V + over_v
+    if HAS_SLOTS:
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+    else:
+        slot = row
+    if slot < 0:
+        tl.store(out_place, tl.zeros([V_BLOCK], dtype=out_ptr.dtype.element_ty), mask=real_v)
+        return
+
+    # The state first: its load is long, and all that follows until its use hides behind it.
+    state_place = (
+        state_ptr
+        + slot * stride_state_slot
+        + head * stride_state_head
+        + over_v[:, None] * stride_state_v
+        + over_k[None, :] * stride_state_k
+    )
+    real_state = real_v[:, None] & real_k[None, :]
+    state = tl.load(state_place, mask=real_state, other=0.0)
+
+    q, q_moved, q_place, q_mask = _convolved(
+        q_ptr, conv_state_ptr, conv_weight_ptr, row, slot, head * K, head * K, K, K_BLOCK,
+        stride_q, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
+    )  # fmt: skip
+    k, k_moved, k_place, k_mask = _convolved(
+        k_ptr, conv_state_ptr, conv_weight_ptr, row, slot, (HEADS + head) * K, head * K, K, K_BLOCK,
+        stride_k, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
+    )  # fmt: skip
+    v, v_moved, v_place, v_mask = _convolved(
+        v_ptr, conv_state_ptr, conv_weight_ptr, row, slot, 2 * HEADS * K + head * V, head * V, V, V_BLOCK,
+        stride_v, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
+    )  # fmt: skip
+    # Small rows lie in several warps at once: none may store before all have read.
+    tl.debug_barrier()
+    tl.store(q_place, q_moved.to(conv_state_ptr.dtype.element_ty), mask=q_mask)
+    tl.store(k_place, k_moved.to(conv_state_ptr.dtype.element_ty), mask=k_mask)
+    tl.store(v_place, v_moved.to(conv_state_ptr.dtype.element_ty), mask=v_mask)
+
+    q = q * tl.rsqrt(tl.sum(q * q, axis=0) + 1e-6) * scale
+    k = k * tl.rsqrt(tl.sum(k * k, axis=0) + 1e-6)
+    raw = tl.load(g_ptr + row * stride_g + head * K + over_k, mask=real_k, other=0.0).to(tl.float32)
+    raw += tl.load(dt_bias_ptr + head * K + over_k, mask=real_k, other=0.0).to(tl.float32)
+    softplus = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
+    decay = tl.exp(-tl.exp(tl.load(a_log_ptr + head).to(tl.float32)) * softplus)
+    beta = tl.sigmoid(tl.load(beta_ptr + row * stride_beta + head).to(tl.float32))
+
+    state = state * decay[None, :]
+    error = (v - tl.sum(state * k[None, :], axis=1)) * beta
+    state = state + error[:, None] * k[None, :]
+    tl.store(state_place, state, mask=real_state)
+
+    o = tl.sum(state * q[None, :], axis=1)
+    o = o * tl.rsqrt(tl.sum(tl.where(real_v, o * o, 0.0), axis=0) / V + eps)
+    o = o * tl.load(norm_weight_ptr + over_v, mask=real_v, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gate + head * V + over_v, mask=real_v, other=0.0).to(tl.float32)
+    tl.store(out_place, (o * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty), mask=real_v)
+
+
+def kda_step_triton(
+    q, k, v, raw_g, raw_beta, out_gate, conv_state, state, *,
+    conv_weight, A_log, dt_bias, norm_weight, eps: float, slots=None, scale: float | None = None,
+):  # fmt: skip
+    """Same signature and shapes as `kda_step`. The host reads no tensor, so a CUDA graph can hold it."""
+    heads, value_dim = A_log.numel(), norm_weight.numel()
+    key_dim, width, length = k.shape[-1] // heads, conv_weight.shape[-1], conv_state.shape[-1]
+    if state.dtype != torch.float32:
+        raise ValueError(f"kda_step: the state is kept in float32, found {state.dtype}")
+    if length < width - 1:
+        raise ValueError(f"kda_step: conv_state holds {length} inputs; a convolution over {width} needs {width - 1}")
+    rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, raw_g, raw_beta, out_gate)]
+    conv_weight = conv_weight if conv_weight.stride(-1) == 1 else conv_weight.contiguous()
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    blocks = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
+    _step_kernel[(q.shape[0] * heads,)](
+        *rows, conv_state, state, out,
+        conv_weight, A_log.reshape(-1), dt_bias.reshape(-1), norm_weight, q if slots is None else slots,
+        key_dim**-0.5 if scale is None else scale, eps,
+        *(x.stride(0) for x in rows), out.stride(0), *conv_state.stride(), conv_weight.stride(0), *state.stride(),
+        HEADS=heads, K=key_dim, V=value_dim, K_BLOCK=blocks[0], V_BLOCK=blocks[1],
+        LENGTH=length, LENGTH_BLOCK=triton.next_power_of_2(length), WIDTH=width, HAS_SLOTS=slots is not None,
+        num_warps=max(1, min(8, blocks[0] * blocks[1] // 2048)),
+    )  # fmt: skip
+    return out

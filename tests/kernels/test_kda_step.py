@@ -1,0 +1,124 @@
+"""The fused decoding step: its plain form against the parts the model runs, its Triton form against the plain one."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from kimi_rl.kernels.kda_decode import kda_decode
+from kimi_rl.kernels.kda_gate import kda_gate
+from kimi_rl.kernels.kda_step import kda_step, kda_step_reference
+from kimi_rl.kernels.short_conv import short_conv
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_layer(
+    dtype, batch=3, heads=2, key_dim=8, value_dim=6, width=4, length=3, slots=None, states=None, device="cpu"
+):
+    """Positional and keyword arguments of one step, random."""
+
+    def draw(*shape, dtype=dtype):
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    states = states or batch
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    channels = heads * (2 * key_dim + value_dim)
+    wide = draw(batch, channels)  # q, k and v as slices of one projection
+    q, k, v = wide.split([heads * key_dim, heads * key_dim, heads * value_dim], dim=-1)
+    state = draw(states, heads, key_dim, value_dim, dtype=kept).transpose(-1, -2)
+    inputs = [q, k, v, draw(batch, heads * key_dim), draw(batch, heads), draw(batch, heads * value_dim)]
+    options = {
+        "conv_weight": draw(channels, width, dtype=kept),
+        "A_log": draw(heads, dtype=kept),
+        "dt_bias": draw(heads * key_dim, dtype=kept),
+        "norm_weight": draw(value_dim),
+        "eps": 1e-5,
+        "slots": None if slots is None else torch.tensor(slots, device=device),
+    }
+    return [*inputs, draw(states, channels, length), state], options
+
+
+def copied(inputs):
+    """The same with states of their own, in the same layout."""
+    return [*inputs[:6], inputs[6].clone(), inputs[7].clone(memory_format=torch.preserve_format)]
+
+
+def compare(form, inputs, options, *, tokens=3, **tolerance):
+    """Several steps of `form` beside the reference's, from the same states: outputs and states agree."""
+    ours, plain = copied(inputs), copied(inputs)
+    for token in range(tokens):
+        fresh = [x.roll(token, dims=0) for x in inputs[:6]]
+        a, b = form(*fresh, *ours[6:], **options), kda_step_reference(*fresh, *plain[6:], **options)
+        for x, y in zip((a, *ours[6:]), (b, *plain[6:]), strict=True):
+            torch.testing.assert_close(x, y, **tolerance)
+    assert not torch.equal(ours[7], inputs[7]) and not torch.equal(ours[6], inputs[6]), "states move in place"
+
+
+@pytest.mark.parametrize("length", [3, 4, 6])
+def test_the_parts_one_after_another_give_the_same(length):
+    inputs, options = make_layer(torch.float64, length=length)
+    q, k, v, raw_g, raw_beta, out_gate, conv_state, state = copied(inputs)
+    before = conv_state.clone()
+    o = kda_step(*inputs, **options)
+
+    qkv = torch.cat([q, k, v], dim=-1)
+    mixed, tail = short_conv(
+        qkv.unsqueeze(1), options["conv_weight"], initial_state=before[..., -3:], output_final_state=True
+    )
+    parts = mixed.squeeze(1).split([16, 16, 12], dim=-1)
+    q, k, v = (x.unflatten(-1, (2, -1)) for x in parts)
+    g = kda_gate(raw_g, options["A_log"], options["dt_bias"])
+    expected, new_state = kda_decode(q, k, v, g, raw_beta.sigmoid(), state.transpose(-1, -2))
+    normed = torch.nn.functional.rms_norm(expected, (6,), options["norm_weight"], options["eps"])
+    expected = normed * out_gate.unflatten(-1, (2, 6)).sigmoid()
+    torch.testing.assert_close(o, expected.flatten(1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inputs[7], new_state.transpose(-1, -2), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(inputs[6][..., -3:], tail, rtol=0, atol=0)
+    assert torch.equal(inputs[6][..., :-1], before[..., 1:])
+
+
+def test_rows_find_their_slots_and_skipped_rows_change_nothing():
+    inputs, options = make_layer(torch.float64, batch=4, states=6, slots=[5, -1, 0, 3])
+    before = [x.clone() for x in inputs[6:]]
+    o = kda_step(*inputs, **options)
+    assert torch.equal(o[1], torch.zeros_like(o[1])) and (o[[0, 2, 3]] != 0).any(dim=1).all()
+    for now, then in zip(inputs[6:], before, strict=True):
+        changed = (now != then).flatten(1).any(dim=1)
+        assert changed.tolist() == [True, False, False, True, False, True]
+    alone, options_alone = [x[2:3] for x in inputs[:6]], {**options, "slots": None}
+    again = kda_step(*alone, *(x[:1] for x in before), **options_alone)
+    torch.testing.assert_close(again, o[2:3], rtol=1e-12, atol=1e-12)
+
+
+def test_triton_form_in_the_interpreter(seed):
+    """The kernel, interpreted on the CPU: odd sizes, padded blocks, slots, both layouts of the state, bfloat16."""
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        from tests.kernels.test_kda_step import compare, make_layer
+        from kimi_rl.kernels.kda_step.triton_step import kda_step_triton
+        torch.manual_seed(SEED)
+        compare(kda_step_triton, *make_layer(torch.float32), rtol=1e-5, atol=1e-5)
+        alone = make_layer(torch.float32, batch=1, heads=1, key_dim=16, value_dim=16, width=2, length=1)
+        compare(kda_step_triton, *alone, rtol=1e-5, atol=1e-5)
+        inputs, options = make_layer(torch.float32, batch=4, states=6, slots=[5, -1, 0, 3], length=4)
+        compare(kda_step_triton, inputs, options, rtol=1e-5, atol=1e-5)
+        inputs[7] = inputs[7].contiguous()
+        compare(kda_step_triton, inputs, options, rtol=1e-5, atol=1e-5)
+        compare(kda_step_triton, *make_layer(torch.bfloat16), rtol=2e-2, atol=2e-2)
+        print("checked")
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code).replace("SEED", str(seed))],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.stdout.strip().endswith("checked"), run.stderr[-2000:]
