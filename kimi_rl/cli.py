@@ -344,18 +344,32 @@ def sync(
 @bench.command(epilog="Example: `kimi-rl bench decode hybrid:large mla:large --context 4096,32768 --out decode`")
 def decode(
     models: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="[NAME=]MODEL...", help="Model folders, or `arch:size` of a preset (random weights)."),
-    ],
+    ] = None,
+    op: Annotated[
+        bool, typer.Option("--op", help="Instead of models: a KDA layer's step alone, kernel by kernel.")
+    ] = False,
     context: Annotated[str, typer.Option(help="Context lengths in tokens, by commas.")] = "4096,8192,16384,32768",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens decoded per measurement.")] = 32,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences decoded at once.")] = 1,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences decoded at once. Default: 1; with --op 64, 256 and 1024.")
+    ] = None,
     engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Folder for decode.json, decode.csv and decode.png.")] = None,
     engine_arg: EngineArgs = None,
 ) -> None:
     """Time per output token and prefill time against context length, with the memory floor. Prints JSON."""
+    if op:
+        from kimi_rl.bench.decode_op import bench_decode_op
+
+        if models:
+            raise InputError(f"--op times a layer of its own; leave out the models, found {models[0]!r}")
+        print_json(bench_decode_op([batch] if batch else [64, 256, 1024], repeats=repeats))
+        return
+    if not models:
+        raise InputError("MODEL: none given; name model folders or presets such as hybrid:base, or give --op")
     from kimi_rl.bench.decode import bench_decode, parse_models
     from kimi_rl.compare.page import write_csv, write_png
     from kimi_rl.compare.panels import decode_panels
@@ -379,7 +393,7 @@ def decode(
         context=lengths,
         tokens=tokens,
         repeats=repeats,
-        batch=batch,
+        batch=batch or 1,
         engine=engine,
         engine_args=parse_engine_args(engine_arg or []),
     )

@@ -3,10 +3,12 @@
 import json
 
 import pytest
-from runs import run
+import torch
+from runs import run, run_inside
 
 from kimi_rl.bench import decode
 from kimi_rl.bench.decode import bench_decode, load_longest, memory_floor, parse_models, timed_folder
+from kimi_rl.bench.decode_op import LayerInputs
 from kimi_rl.compare.panels import decode_panels
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.model.presets import build_config, describe
@@ -86,3 +88,19 @@ def test_bad_options_of_the_command():
     for arguments, word in ((("--context", "4k"), "'4k'"), (("--engine", "vlm"), "vlm")):
         done = run("bench", "decode", "mla:tiny", *arguments)
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_one_layers_step(monkeypatch):
+    monkeypatch.setitem(decode._COPY_BYTES, "cpu", 2**20)
+    done = run_inside("bench", "decode", "--op", "--batch", 3, "--repeats", 2)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert row["batch"] == 3 and row["state_bytes"] == 3 * 8 * 128 * 128 * 4
+    assert row["error_ratio"] == 0, "on a CPU the plain form runs"
+    assert row["fused_over_floor"] == pytest.approx(row["fused_s"] / row["floor_s"]) and row["parts_s"] > 0
+
+
+def test_both_ways_through_a_layer_agree():
+    inputs = LayerInputs(5, 2, 16, "cpu", torch.float32, seed=1)
+    parts = inputs.parts()
+    torch.testing.assert_close(inputs.step(), parts, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,147 @@
+"""`kimi-rl bench decode --op`: a KDA layer's work on one token, from its projections to `o_proj`, kernel by kernel.
+
+Forms, all in one run, beside the floor (every state read and written once, at the copy rate measured in the same run):
+`parts`, the kernels one after another as the model runs them; `fused`, `kernels/kda_step`; `recurrence`, fla's
+`fused_recurrent_kda` alone (on a card). On a card each form is timed as a CUDA graph, over several sets of inputs that
+together are larger than the cache; on a CPU `fused` is its plain form.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from kimi_rl.bench.decode import copy_bandwidth
+from kimi_rl.kernels.kda_decode import kda_decode
+from kimi_rl.kernels.kda_gate import kda_gate
+from kimi_rl.kernels.kda_step import kda_step, kda_step_reference
+from kimi_rl.kernels.short_conv import short_conv
+from kimi_rl.run_dir import describe_environment
+
+WIDTH = 4  # taps of the short convolution
+EPS = 1e-5
+
+
+class LayerInputs:
+    """One set of inputs, states and weights of a layer, random."""
+
+    def __init__(self, batch: int, heads: int, dim: int, device: str, dtype: torch.dtype, seed: int):
+        generator = torch.Generator(device).manual_seed(seed)
+
+        def draw(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+            return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+        width = heads * dim
+        self.qkv = draw(batch, 3 * width)
+        self.raw_g, self.raw_beta, self.out_gate = draw(batch, width), draw(batch, heads), draw(batch, width)
+        self.conv_state = draw(batch, 3 * width, WIDTH - 1)
+        self.state = draw(batch, heads, dim, dim, dtype=torch.float32)  # value-major
+        self.weights = {
+            "conv_weight": draw(3 * width, WIDTH, dtype=torch.float32),
+            "A_log": draw(heads, dtype=torch.float32),
+            "dt_bias": draw(width, dtype=torch.float32),
+            "norm_weight": draw(dim),
+        }
+        self.heads, self.width = heads, width
+
+    def step(self, form: Callable[..., torch.Tensor] = kda_step) -> torch.Tensor:
+        q, k, v = self.qkv.split(self.width, dim=-1)
+        return form(
+            q, k, v, self.raw_g, self.raw_beta, self.out_gate, self.conv_state, self.state, **self.weights, eps=EPS
+        )  # fmt: skip
+
+    def parts(self) -> torch.Tensor:
+        """The same through the kernels that the model runs one after another; the states stay as they are."""
+        mixed, _ = short_conv(
+            self.qkv.unsqueeze(1), self.weights["conv_weight"], initial_state=self.conv_state, output_final_state=True
+        )
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in mixed.squeeze(1).split(self.width, dim=-1))
+        g = kda_gate(self.raw_g, self.weights["A_log"], self.weights["dt_bias"])
+        o, _ = kda_decode(q, k, v, g, self.raw_beta.float().sigmoid(), self.state.transpose(-1, -2))
+        o = torch.nn.functional.rms_norm(o.float(), (o.shape[-1],), self.weights["norm_weight"].float(), EPS)
+        return (o * self.out_gate.unflatten(-1, (self.heads, -1)).float().sigmoid()).flatten(1).to(self.qkv.dtype)
+
+    def recurrence(self) -> torch.Tensor:
+        q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in self.qkv.split(self.width, dim=-1))
+        g = self.raw_g.float().unflatten(-1, (self.heads, -1)).clamp(max=0)
+        return kda_decode(q, k, v, g, self.raw_beta.float().sigmoid(), self.state)[0]
+
+
+def bench_decode_op(
+    batches: Sequence[int],
+    *,
+    heads: int = 8,
+    dim: int = 128,
+    repeats: int = 20,
+    device: str | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Time of each form per batch size; the keys of a row say their units."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    bandwidth = copy_bandwidth(device)
+    rows = []
+    with torch.no_grad():
+        for batch in batches:
+            moved = 2 * 4 * batch * heads * dim * dim
+            count = max(1, min(16, 2**30 // moved)) if device == "cuda" else 2
+            sets = [LayerInputs(batch, heads, dim, device, dtype, seed + n) for n in range(count)]
+            row = {"batch": batch, "state_bytes": moved // 2, "floor_s": moved / bandwidth}
+            row["error_ratio"] = _error_ratio(LayerInputs(batch, heads, dim, device, dtype, seed))
+            for name in ("parts", "fused", *(["recurrence"] if device == "cuda" else [])):
+                run = LayerInputs.step if name == "fused" else getattr(LayerInputs, name)
+                total = _seconds(lambda run=run, sets=sets: [run(one) for one in sets], repeats, device)
+                row[f"{name}_s"] = total / count
+                row[f"{name}_over_floor"] = row[f"{name}_s"] / row["floor_s"]
+            rows.append(row)
+    return {
+        "heads": heads,
+        "dim": dim,
+        "dtype": str(dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "copy_bytes_per_s": bandwidth,
+        "rows": rows,
+        "environment": describe_environment(),
+    }
+
+
+def _error_ratio(inputs: LayerInputs) -> float:
+    """RMS of the difference between the form that runs here and the plain one, over the RMS of the plain one."""
+    states = inputs.conv_state.clone(), inputs.state.clone()
+    found = inputs.step().float()
+    inputs.conv_state, inputs.state = states
+    plain = inputs.step(kda_step_reference).float()
+    return ((found - plain).square().mean().sqrt() / plain.square().mean().sqrt()).item()
+
+
+def _seconds(run: Callable[[], Any], repeats: int, device: str) -> float:
+    """Median seconds of a call: of a graph replay on a card, of the call itself elsewhere."""
+    run()  # compiles and fills caches
+    if device != "cuda":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+        return median(times)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return median(times)
