@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from nucleus import logprob_error
 
 pytest.importorskip("vllm")
 if torch.cuda.is_available():
@@ -16,7 +17,6 @@ from kimi_rl.errors import InputError
 from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.rollout.engine import Request, SamplingParams
-from kimi_rl.rollout.sampling import processed_logprobs
 from kimi_rl.rollout.vllm_engine import VLLMEngine
 from kimi_rl.weight_sync import WeightSyncError, WeightUpdate, apply_update, tensor_checksum
 
@@ -86,13 +86,10 @@ def check_against_forward(engine, model, seed):
         completions = greedy if params.temperature == 0 else engine.generate(requests, params)
         for request, completion in zip(requests, completions, strict=True):
             logits = logits_of(model, request, completion)
-            tokens = torch.tensor(completion.token_ids)
             if params.temperature == 0:
                 assert logits.argmax(-1).tolist() == completion.token_ids
-            expected = processed_logprobs(logits, params.temperature, params.top_p)
-            expected = expected.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-            assert torch.isfinite(expected).all()
-            assert (torch.tensor(completion.logprobs) - expected).abs().max() < 1e-5
+            found = completion.token_ids, completion.logprobs
+            assert logprob_error(logits, *found, params.temperature, params.top_p) < 1e-5
 
 
 def test_equals_a_plain_forward_before_and_after_three_updates(served):
