@@ -58,11 +58,21 @@ def _open(model: str, engine: str, *, longest: int, seed: int, policy_version: i
 
 def check_engine(model: str, engine: str) -> None:
     """Raises InputError on an unknown engine or a folder that holds no model."""
+    from kimi_rl.model.source import is_gguf
     from kimi_rl.pipeline import check_model_folder
 
     if engine not in ENGINES:
         raise InputError(f"--engine: unknown engine {engine!r}; known: {', '.join(ENGINES)}")
-    check_model_folder(model)
+    if not is_gguf(model):
+        check_model_folder(model)
+
+
+def _tokenizer(model: str):
+    """The tokenizer of a model, or of a plain transformer (`kimi_rl.model.source`)."""
+    from kimi_rl.model.load_save import load_tokenizer
+    from kimi_rl.model.source import is_source, load_source_tokenizer
+
+    return load_source_tokenizer(model, "model") if is_source(model) else load_tokenizer(model)
 
 
 def parse_engine_args(pairs: list[str]) -> dict[str, Any]:
@@ -107,7 +117,6 @@ def evaluate_model(
     """
     from kimi_rl.dataset import load_problems
     from kimi_rl.evaluate import evaluate
-    from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.recipe import EvalSection, RewardSection
     from kimi_rl.rewards import VerifierPool
     from kimi_rl.tokenizer import prompt_ids
@@ -117,7 +126,7 @@ def evaluate_model(
         raise InputError("eval: which problems? Give --data NAME, or data.task=... or data.path=...")
     section = _data_section(data, overrides, "eval")
     problems = load_problems(section, evaluation=True)
-    tokenizer = load_tokenizer(model)
+    tokenizer = _tokenizer(model)
     rows = problems.held_out
     prompts = [prompt_ids(tokenizer, messages) for messages in rows["prompt"]]
     loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
@@ -172,7 +181,6 @@ def select_problems(
     """
     from kimi_rl import rewards
     from kimi_rl.dataset import load_problems
-    from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.recipe import RewardSection
     from kimi_rl.rollout.engine import SamplingParams
     from kimi_rl.select import check_bounds, pass_rates, write_selection
@@ -185,7 +193,7 @@ def select_problems(
         rewards.check_kind(kind)
     check_engine(model, engine)
     problems = load_problems(_data_section(data, overrides, "select"))
-    tokenizer = load_tokenizer(model)
+    tokenizer = _tokenizer(model)
     rows = list(problems.train)
     prompts = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
@@ -213,7 +221,6 @@ def generate_from_file(
     model: str, prompts: Path, *, engine: str, temperature: float, top_p: float, max_tokens: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """One answer a row of `prompts`: prompt_ids, token_ids, logprobs, text, finish_reason."""
-    from kimi_rl.model.load_save import load_tokenizer
     from kimi_rl.rollout.engine import Request, SamplingParams
     from kimi_rl.seeds import derive_seed
     from kimi_rl.tokenizer import prompt_ids
@@ -226,7 +233,7 @@ def generate_from_file(
             raise InputError(f"{prompts}, row {number}: needs exactly one of `prompt` (text) and `prompt_ids`")
         if ids is not None and not (isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)):
             raise InputError(f"{prompts}, row {number}: `prompt_ids` must be a list of token ids, found {ids!r:.80}")
-    tokenizer = load_tokenizer(model)
+    tokenizer = _tokenizer(model)
     vocabulary = len(tokenizer)
     requests = []
     for number, row in enumerate(rows):

@@ -38,6 +38,34 @@ def read_source_config(path: str, where: str) -> PreTrainedConfig:
     return config
 
 
+def is_source(path: str) -> bool:
+    """Whether `path` is such a model, by its configuration; False where nothing can be read."""
+    place = Path(path).expanduser()
+    if is_gguf(path):
+        return True
+    if place.is_dir() and not (place / "config.json").is_file():
+        return False
+    try:
+        raw, _ = PreTrainedConfig.get_config_dict(str(place) if place.is_dir() else path)
+    except (OSError, ValueError):
+        return False
+    return raw.get("model_type") in FAMILIES
+
+
+def is_gguf(path: str) -> bool:
+    """Whether `path` is a GGUF file, or a folder that holds one and no model in Hugging Face layout."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return not (place / "config.json").is_file() and any(place.glob("*.gguf"))
+    return place.is_file() and place.suffix == ".gguf"
+
+
+def export_source(path: str, where: str, folder: str | Path) -> None:
+    """Write the model of a source to `folder` in Hugging Face layout, without its tokenizer; for engines that read
+    nothing else. A GGUF file's weights come out of their quantisation in bfloat16."""
+    load_source(path, where, dtype=torch.bfloat16, device="cpu").save_pretrained(folder)
+
+
 def load_source(
     path: str, where: str, *, dtype: torch.dtype, device: str | torch.device, attention: str = "sdpa"
 ) -> PreTrainedModel:

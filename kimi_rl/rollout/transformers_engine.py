@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import load_into, to_checkpoint
+from kimi_rl.model.source import is_source, load_source
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
 from kimi_rl.rollout.sampling import draw, processed_logprobs, uniforms
 from kimi_rl.weight_sync import checksum_all
@@ -19,7 +20,8 @@ class TransformersEngine:
 
     Prompts are left-padded and decoded together, `batch_size` at a time; a finished sequence leaves the batch at
     once, so that a few long completions do not hold the others' rows. Precision is the learner's: fp32 weights, under
-    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent.
+    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent. A plain transformer (see
+    `model/source.py`) can be generated from as well, and takes no updates.
     """
 
     def __init__(
@@ -30,16 +32,19 @@ class TransformersEngine:
         device: str = "cpu",
         policy_version: int = -1,
     ):
-        self.model = load_model(model_folder, dtype=torch.float32, device=device).eval()
+        if is_source(model_folder):
+            self.model = load_source(model_folder, "model", dtype=torch.float32, device=device)
+        else:
+            self.model = load_model(model_folder, dtype=torch.float32, device=device).eval()
         self.model.requires_grad_(False)
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.policy_version = policy_version
         self._updating = False
-        config = self.model.config
-        eos = config.eos_token_id
+        config, generation = self.model.config, self.model.generation_config
+        eos = config.eos_token_id if generation.eos_token_id is None else generation.eos_token_id
         self.eos_ids = torch.tensor(eos if isinstance(eos, list) else [eos], device=self.device)
-        self.pad_id = config.pad_token_id
+        self.pad_id = int(self.eos_ids[0]) if config.pad_token_id is None else config.pad_token_id
 
     # --- generation -------------------------------------------------------------------------------------------
 

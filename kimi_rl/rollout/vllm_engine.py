@@ -111,26 +111,7 @@ class VLLMEngine:
         self.max_model_len = max_model_len
         self._eos_ids = _check_config(folder)
         self._shapes = _checkpoint_shapes(folder)
-        arguments = _arguments(engine_args or {}, max_model_len)
-        _make_importable()
-
-        from vllm import LLM
-
-        register()
-        set_num_threads = torch.set_num_threads
-        try:
-            self._llm = LLM(
-                model=str(folder),
-                dtype=dtype,
-                max_model_len=max_model_len,
-                max_num_seqs=max_num_seqs,
-                seed=seed,
-                skip_tokenizer_init=True,
-                logprobs_mode="processed_logprobs",
-                **arguments,
-            )
-        finally:
-            torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
+        self._llm = start_vllm(folder, max_model_len, max_num_seqs, dtype, engine_args or {}, seed)
         held: list[torch.nn.Module] = []
         self._llm.apply_model(held.append)
         self._model = held[0]
@@ -339,6 +320,32 @@ class VLLMEngine:
         cleanup_dist_env_and_memory()
 
 
+def start_vllm(
+    folder: Path, max_model_len: int, max_num_seqs: int, dtype: str, engine_args: dict[str, Any], seed: int
+) -> Any:
+    """`vllm.LLM` on a folder, with what this package decides for every engine. Raises InputError on bad arguments."""
+    arguments = _arguments(engine_args, max_model_len)
+    _make_importable()
+
+    from vllm import LLM
+
+    register()
+    set_num_threads = torch.set_num_threads
+    try:
+        return LLM(
+            model=str(folder),
+            dtype=dtype,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            seed=seed,
+            skip_tokenizer_init=True,
+            logprobs_mode="processed_logprobs",
+            **arguments,
+        )
+    finally:
+        torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
+
+
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
     """On a CPU, `tensor` with -0.0 made 0.0, for reading a packed weight back loses the sign of zero."""
     return tensor if _EXACT else tensor + 0.0
@@ -395,6 +402,12 @@ def _check_config(folder: Path) -> list[int]:
         raise InputError(
             f"{folder}/config.json: rms_norm_eps is {config['rms_norm_eps']}; vLLM's KDA fixes it at 1e-05"
         )
+    return stop_ids(folder)
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """The tokens that end a completion, as the checkpoint says."""
+    config = json.loads((folder / "config.json").read_text())
     generation = folder / "generation_config.json"
     eos = json.loads(generation.read_text()).get("eos_token_id") if generation.is_file() else None
     eos = config.get("eos_token_id") if eos is None else eos

@@ -38,9 +38,11 @@ def build_engine(
     if callable(name):
         return name(model_folder, batch_size=batch_size, device=device, engine_args=engine_args)
     if resolve_engine(name) == "vllm":
+        from kimi_rl.model.source import is_source
         from kimi_rl.rollout.vllm_engine import VLLMEngine
+        from kimi_rl.rollout.vllm_source import VLLMSourceEngine
 
-        engine = VLLMEngine(
+        engine = (VLLMSourceEngine if is_source(model_folder) else VLLMEngine)(
             model_folder,
             max_model_len=max_model_len,
             max_num_seqs=batch_size,
