@@ -62,11 +62,11 @@ def recipe(folders, **stage) -> Recipe:
     return Recipe.model_validate({"model": {"path": str(folders / "student")}, "data": DATA, "stages": [entry]})
 
 
-def distil(folders, out, *, resume=False, **stage):
+def distil(folders, out, *, resume=False, device="cpu", **stage):
     """The stage in this process. Returns its figures, its context and its rows of metrics."""
     chosen = recipe(folders, **stage)
     run_dir = RunDir.create(out, dump_recipe(chosen), resume=resume)
-    context = StageContext(StageJob(chosen, 0, str(out), str(folders / "student"), "cpu", 1, resume=resume))
+    context = StageContext(StageJob(chosen, 0, str(out), str(folders / "student"), device, 1, resume=resume))
     torch.manual_seed(0)
     return run_distill(context), context, run_dir.read_metrics()
 

@@ -266,6 +266,17 @@ def test_shipped_recipes_load():
         assert parse_recipe(dump_recipe(recipe)) == recipe, path
 
 
+@pytest.mark.parametrize("name", ["smollm2_convert", "gsm8k_sft_kimi_smollm2"])
+def test_the_arms_of_the_converted_model_differ_in_its_folder_alone(name):
+    folder = Path(__file__).parents[1] / "recipes"
+    hybrid, mla = (load_recipe(folder / f"{name}_{arch}.yaml") for arch in ("hybrid", "mla"))
+    assert mla.model.path == hybrid.model.path.replace("hybrid", "mla") != hybrid.model.path
+    mla.name, mla.model.path = hybrid.name, hybrid.model.path
+    assert mla == hybrid
+    kinds = [(stage.kind, getattr(stage, "match", None)) for stage in hybrid.stages]
+    assert kinds in ([("distill", "layers"), ("distill", "logits")], [("sft", None), ("rlvr", None)])
+
+
 @pytest.mark.parametrize("name", ["arithmetic", "gsm8k", "math"])
 def test_the_arms_of_the_kimi_recipes_differ_in_the_architecture_alone(name):
     folder = Path(__file__).parents[1] / "recipes"

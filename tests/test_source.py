@@ -1,14 +1,18 @@
 """Plain transformers as they come: recognised, read, and generated from."""
 
 import json
+import types
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from kimi_rl.dataset import load_problems
 from kimi_rl.errors import InputError
+from kimi_rl.learner.sft import SFTLearner, sft_dataset
+from kimi_rl.learner.trl_trainers import SFTConfig
 from kimi_rl.model.source import export_source, is_gguf, is_source, read_source_config
-from kimi_rl.recipe import TokenizerSection
+from kimi_rl.recipe import DataSection, SFTStage, TokenizerSection
 from kimi_rl.standalone import generate_from_file
 from kimi_rl.tokenizer import build_tokenizer, prompt_ids
 
@@ -64,3 +68,37 @@ def test_an_exported_source_is_the_same_model(llama, tmp_path):
     ours, theirs = (LlamaForCausalLM.from_pretrained(path).state_dict() for path in (llama, tmp_path / "out"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name].bfloat16(), theirs[name].bfloat16()) for name in ours)
+
+
+def test_sft_reads_the_answer_alone_from_a_template_without_marks(llama):
+    """The loss mask is what the template adds to the prompt: with our own template, what its marks say."""
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    problems = load_problems(DataSection(task="arithmetic", train_size=3, held_out_size=2))
+    context = types.SimpleNamespace(
+        stage=SFTStage(kind="sft", steps=1, batch_size=3), tokenizer=tokenizer, problems=problems,
+        record=lambda *a, **k: None,
+    )  # fmt: skip
+
+    def trained_on(template):
+        tokenizer.chat_template = template
+        trainer = SFTLearner(
+            model=LlamaForCausalLM.from_pretrained(llama),
+            args=SFTConfig(completion_only_loss=True, max_length=None, report_to="none", use_cpu=True, bf16=False),
+            train_dataset=sft_dataset(context),
+            processing_class=tokenizer,
+        )
+        return [row["labels"] for row in trainer.train_dataset]
+
+    marked = tokenizer.chat_template
+    wanted = []
+    for prompt, solution in zip(problems.train["prompt"], problems.train["solution"], strict=True):
+        messages = [*prompt, {"role": "assistant", "content": solution}]
+        found = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, masks = found["input_ids"], found["assistant_masks"]
+        wanted.append([token if mask else -100 for token, mask in zip(ids, masks, strict=True)])
+        assert 0 < sum(masks) < len(masks)
+    assert trained_on(marked) == wanted
+    plain = marked.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    assert plain != marked and trained_on(plain) == wanted

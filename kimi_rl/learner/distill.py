@@ -53,6 +53,9 @@ def run_distill(context: StageContext) -> dict[str, Any]:
     trainer = make_trainer(context, teacher, texts)
     exam = Exam(context, teacher, held_out, trainer.accelerator.autocast)
     trainer.add_callback(DistillCallback(context, trainer, exam))
+    if context.on_gpu:
+        text = "the first texts compile GPU kernels: up to two minutes the first time"
+        context.record("note", 0, text=text)
     accuracy = stage.eval is not None
     if checkpoint is None:
         exam.hold(0, "before", accuracy=accuracy)

@@ -1,4 +1,4 @@
-"""The SFT stage: trl.SFTTrainer on the worked solutions, loss on the assistant turn only, nothing packed."""
+"""The SFT stage: trl.SFTTrainer on the worked solutions, loss on the answer only, nothing packed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ class SFTLearner(CheckpointNames, SFTTrainer):
 
 
 def sft_dataset(context: StageContext) -> Dataset:
-    """Conversations of question and worked solution; those above `max_length` tokens are dropped, with a count."""
+    """Questions as prompts and worked solutions as completions; those above `max_length` tokens are dropped, with a
+    count.
+
+    The answer is what the chat template adds to the prompt, so that templates without `{% generation %}` marks will do.
+    """
     stage: SFTStage = context.stage
     tokenizer = context.tokenizer
     rows, dropped = [], 0
     for prompt, solution in zip(
         context.problems.train["prompt"], context.problems.train["solution"], strict=True
     ):
-        messages = [*prompt, {"role": "assistant", "content": solution}]
+        answer = [{"role": "assistant", "content": solution}]
         if len(rows) >= stage.steps * stage.batch_size:
             break  # more than the stage will read
-        if len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)) > stage.max_length:
+        if len(tokenizer.apply_chat_template([*prompt, *answer], tokenize=True, return_dict=False)) > stage.max_length:
             dropped += 1
             continue
-        rows.append({"messages": messages})
+        rows.append({"prompt": prompt, "completion": answer})
     if not rows:
         raise InputError(
             f"stages.{stage.name}.max_length: all {dropped} training samples are longer than {stage.max_length} "
@@ -55,7 +59,7 @@ def run_sft(context: StageContext) -> None:
         # Packed or padding-free batches would let the recurrent state of one sample reach the next.
         packing=False,
         padding_free=False,
-        assistant_only_loss=True,
+        completion_only_loss=True,
         data_seed=context.recipe.seed,
     )
     clock = {"last": time.perf_counter(), "tokens": 0.0}

@@ -76,6 +76,10 @@ def load_source(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **gguf)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise InputError(f"{where}: cannot load {path}: {_one_line(error)}") from error
+    if gguf:  # the weights are out of their quantisation; transformers would still refuse to save them
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     return model.to(device).eval().requires_grad_(False)
 
 

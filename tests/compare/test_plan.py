@@ -147,5 +147,6 @@ def test_shipped_comparisons_load():
     for path in found:
         plan = load_plan(path)
         assert len(plan.file.seeds) >= 3, path
-        assert check_parameters(plan, arm_costs(plan)).equal, path
+        if all(plan.recipe(arm).model.path is None for arm in plan.file.arms):  # else the models have to be made first
+            assert check_parameters(plan, arm_costs(plan)).equal, path
         assert all(check.equal for check in check_settings(plan)), path
