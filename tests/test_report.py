@@ -321,3 +321,43 @@ def test_tokens_by_age_only_where_rollouts_run_ahead():
     charts = stage_charts("rlvr", rows, [], {})
     ages = {name: trace["y"] for name, trace in traces(charts, "Tokens by age").items()}
     assert ages == {"0 old": [9, 2], "1 old": [None, 7]}
+
+
+def distill_rows() -> list[dict]:
+    common = {"stage": "distill", "kind": "distill", "time": time.time()}
+    rows = [
+        {"type": "eval", "step": step, "when": when, "student_perplexity": student, "teacher_perplexity": 4.0,
+         "layer_errors": errors, **common}
+        for step, when, student, errors in (
+            (0, "before", 900.0, [0.9, 0.5]), (5, "during", 60.0, [0.4, 0.2]), (10, "after", 5.5, [0.2, 0.1])
+        )
+    ]  # fmt: skip
+    return rows + [
+        {"type": "train", "step": step, "loss": 1.0 / step, "layer_error_mean": 1.0 / step, "layer_error_max": 2.0,
+         "layer_errors": [2.0, 0.1], **common}
+        for step in (1, 5, 10)
+    ]  # fmt: skip
+
+
+def test_distill_charts_show_perplexities_and_the_layers_before_and_after():
+    rows = distill_rows()
+    evals, train = rows[:3], rows[3:]
+    charts = {chart.title: chart.figure for chart in stage_charts("distill", train, evals, {})}
+    assert list(charts)[:2] == ["Perplexity", "Error by layer"] and "Error of the layers" in charts
+    assert "KL to the teacher" not in charts and "Accuracy" not in charts
+    assert [trace["y"] for trace in charts["Perplexity"]["data"]] == [[900.0, 60.0, 5.5], [4.0, 4.0, 4.0]]
+    bars = charts["Error by layer"]["data"]
+    assert [(bar["name"], bar["y"]) for bar in bars] == [("step 0", [0.9, 0.5]), ("step 10", [0.2, 0.1])]
+    for figure in charts.values():
+        go.Figure(figure)
+
+
+def test_a_distilled_model_is_summed_up_by_its_perplexity(tmp_path):
+    recipe = "data: {task: arithmetic}\nstages: [{kind: distill, teacher: a/b, match: layers, steps: 10}]"
+    run = RunDir.create(tmp_path / "run", dump_recipe(parse_recipe(recipe)))
+    for row in distill_rows():
+        run.append_metrics(row)
+    (line,) = [line for line in render_text_summary(run.path).splitlines() if "distill" in line]
+    assert "perplexity 900.000 -> 5.500 (teacher 4.000)" in line and "held-out" not in line
+    page = write_report(run.path).read_text()
+    assert "distill: held-out perplexity" in page and "teacher 4.000" in page

@@ -73,6 +73,7 @@ def test_an_exported_source_is_the_same_model(llama, tmp_path):
 def test_sft_reads_the_answer_alone_from_a_template_without_marks(llama):
     """The loss mask is what the template adds to the prompt: with our own template, what its marks say."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
+    marked = tokenizer.chat_template
     problems = load_problems(DataSection(task="arithmetic", train_size=3, held_out_size=2))
     context = types.SimpleNamespace(
         stage=SFTStage(kind="sft", steps=1, batch_size=3), tokenizer=tokenizer, problems=problems,
@@ -83,13 +84,15 @@ def test_sft_reads_the_answer_alone_from_a_template_without_marks(llama):
         tokenizer.chat_template = template
         trainer = SFTLearner(
             model=LlamaForCausalLM.from_pretrained(llama),
-            args=SFTConfig(completion_only_loss=True, max_length=None, report_to="none", use_cpu=True, bf16=False),
+            args=SFTConfig(
+                completion_only_loss=True, assistant_only_loss=template == marked, max_length=None, report_to="none",
+                use_cpu=True, bf16=False,
+            ),
             train_dataset=sft_dataset(context),
             processing_class=tokenizer,
         )
         return [row["labels"] for row in trainer.train_dataset]
 
-    marked = tokenizer.chat_template
     wanted = []
     for prompt, solution in zip(problems.train["prompt"], problems.train["solution"], strict=True):
         messages = [*prompt, {"role": "assistant", "content": solution}]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from datasets import Dataset
+from trl.chat_template_utils import has_generation_markers
 
 from kimi_rl.errors import InputError
 from kimi_rl.learner.stage import CheckpointNames, RecordCallback, StageContext
@@ -20,7 +21,8 @@ def sft_dataset(context: StageContext) -> Dataset:
     """Questions as prompts and worked solutions as completions; those above `max_length` tokens are dropped, with a
     count.
 
-    The answer is what the chat template adds to the prompt, so that templates without `{% generation %}` marks will do.
+    The answer is what the chat template adds to the prompt, so that templates without `{% generation %}` marks will do;
+    those with marks narrow it down.
     """
     stage: SFTStage = context.stage
     tokenizer = context.tokenizer
@@ -60,6 +62,8 @@ def run_sft(context: StageContext) -> None:
         packing=False,
         padding_free=False,
         completion_only_loss=True,
+        # Where the template marks what the model says, that alone: ChatML adds a newline that nobody ever samples.
+        assistant_only_loss=has_generation_markers(context.tokenizer.chat_template),
         data_seed=context.recipe.seed,
     )
     clock = {"last": time.perf_counter(), "tokens": 0.0}

@@ -44,9 +44,10 @@ class Texts:
 
 def add_problems(texts: Texts, tokenizer: Any, rows: Any) -> None:
     """Question and worked solution of each row of a `Problems` split, as the chat template writes them."""
-    for prompt, solution in zip(rows["prompt"], rows["solution"], strict=True):
-        messages = [*prompt, {"role": "assistant", "content": solution}]
-        texts.add(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False))
+    pairs = zip(rows["prompt"], rows["solution"], strict=True)
+    conversations = [[*prompt, {"role": "assistant", "content": solution}] for prompt, solution in pairs]
+    for ids in tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False) if conversations else []:
+        texts.add(ids)
 
 
 def add_file(texts: Texts, tokenizer: Any, rows: Sequence[dict[str, Any]]) -> None:
