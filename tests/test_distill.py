@@ -12,7 +12,8 @@ from kimi_rl import pipeline
 from kimi_rl.errors import InputError
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.actor import Learner
-from kimi_rl.learner.distill import load_texts, mix, run_distill, student_states
+from kimi_rl.learner.distill import load_texts, run_distill
+from kimi_rl.learner.distill_trainers import mix, student_states
 from kimi_rl.learner.stage import StageContext, StageJob
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, check_texts, rows_in_order, shuffled_rows
