@@ -2,37 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from kimi_rl.dataset.files import read_json_lines
 from kimi_rl.errors import InputError
 
 ENGINES = ("auto", "transformers", "vllm")
-
-
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; a malformed line is named by file and number."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    rows = []
-    # Split at "\n" alone: JSON strings may hold other characters that `splitlines` takes for line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}, row {number}: not valid JSON ({error.msg})") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path}, row {number}: expected an object, found {type(row).__name__}")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path}: no rows in it")
-    return rows
 
 
 def _open(model: str, engine: str, *, longest: int, seed: int, policy_version: int = 0):

@@ -30,6 +30,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file of another kind than problems; a malformed line is named by file and number."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    rows = [row for row in _jsonl(path) if row]
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows
+
+
 def _jsonl(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from kimi_rl.dataset import Problems
+from kimi_rl.dataset.files import read_json_lines
 from kimi_rl.dataset.prompt_order import EndlessShuffle
 from kimi_rl.errors import InputError
 from kimi_rl.learner.packing import Pack, Sample, pack
-from kimi_rl.standalone import read_json_lines
 
 
 @dataclass
