@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from kimi_rl.dataset.files import read_json_lines
 from kimi_rl.errors import InputError
 
 ENGINES = ("auto", "transformers", "vllm")
@@ -205,6 +204,8 @@ def generate_from_file(
     from kimi_rl.tokenizer import prompt_ids
 
     check_engine(model, engine)
+    from kimi_rl.dataset.files import read_json_lines  # not at the top: it brings `datasets` along
+
     rows = read_json_lines(prompts)
     for number, row in enumerate(rows, 1):
         ids, text = row.get("prompt_ids"), row.get("prompt")
@@ -246,6 +247,8 @@ def verify_cases(
 
     rewards.check_kind(kind)
     if cases is not None:
+        from kimi_rl.dataset.files import read_json_lines
+
         rows, where = read_json_lines(cases), f"{cases}, "
     else:
         given = {"gold": gold, "answer": answer, "completion": completion}
