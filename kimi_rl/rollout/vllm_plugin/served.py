@@ -37,11 +37,24 @@ def served_tensors(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterator[
         yield name, reader.read(name).reshape(shape)
 
 
+def held_tensors(model: nn.Module, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same, but as they lie in memory where they do, and `kv_b_proj` without a look at what is derived from it."""
+    reader = _Reader(model, shapes, compare_absorbed=False)
+    for name in shapes:
+        yield name, reader.read(name)
+
+
+def attention_of(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
+    """`kv_b_proj` of that (checkpoint) name, and the MLA module that holds the matrices derived from it."""
+    path = name.removesuffix(".weight")
+    return model.get_submodule(path), _mla(model.get_submodule(path.removesuffix(".kv_b_proj")))
+
+
 class _Reader:
     """Keeps the fused tensor it read last: the parts of one are adjacent in a checkpoint."""
 
-    def __init__(self, model: nn.Module, shapes: dict[str, torch.Size]):
-        self.model, self.shapes = model, shapes
+    def __init__(self, model: nn.Module, shapes: dict[str, torch.Size], compare_absorbed: bool = True):
+        self.model, self.shapes, self.compare_absorbed = model, shapes, compare_absorbed
         self.modules = dict(model.named_modules())
         self.last: tuple[str, torch.Tensor] | None = None
 
@@ -64,7 +77,7 @@ class _Reader:
     def _whole(self, path: str) -> torch.Tensor:
         if self.last is None or self.last[0] != path:
             weight = linear_weight(self.modules[path])
-            if path.endswith(".kv_b_proj"):
+            if self.compare_absorbed and path.endswith(".kv_b_proj"):
                 weight = _absorbed(self.modules[path.removesuffix(".kv_b_proj")], weight)
             self.last = (path, weight)
         return self.last[1]
@@ -101,12 +114,16 @@ def linear_weight(module: nn.Module) -> torch.Tensor:
     return torch.cat(columns, dim=1).to(weight.dtype)
 
 
+def _mla(attention: nn.Module) -> nn.Module:
+    return attention.mla_attn.mla_attn if hasattr(attention.mla_attn, "mla_attn") else attention.mla_attn
+
+
 def _absorbed(attention: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """`kv_b_proj`, which prefill uses, if it equals the absorbed matrices, which decoding uses; NaN where it does not.
 
     So neither of the two can be stale unseen, and no comparison makes the host wait for the device.
     """
-    mla = attention.mla_attn.mla_attn if hasattr(attention.mla_attn, "mla_attn") else attention.mla_attn
+    mla = _mla(attention)
     w_uk = mla.W_UK_T.transpose(1, 2)  # [heads, nope, rank] -> [heads, rank, nope]
     joined = torch.cat([w_uk, mla.W_UV], dim=-1)  # [heads, rank, nope + value]
     joined = joined.permute(0, 2, 1).flatten(0, 1).to(weight.dtype)
