@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kimi_rl import __version__
+from kimi_rl.convert import command as convert_command
 from kimi_rl.errors import InputError, RunError
 
 app = typer.Typer(
@@ -245,6 +246,9 @@ def generate(
         seed=seed,
     ):
         typer.echo(json.dumps(answer) if as_json else f"[{answer['finish_reason']}] {answer['text']}")
+
+
+app.command("convert", epilog=convert_command.EPILOG)(convert_command.convert)
 
 
 @app.command()

@@ -89,9 +89,9 @@ _DECIDED_ELSEWHERE = {
 }
 
 
-def hybrid_pattern(layers: int) -> list[str]:
+def hybrid_pattern(layers: int, kda_per_mla: int = 3) -> list[str]:
     """KDA, KDA, KDA, MLA, ...; the last layer is MLA, as in the released model."""
-    full = [i % 4 == 3 or i == layers - 1 for i in range(layers)]
+    full = [i % (kda_per_mla + 1) == kda_per_mla or i == layers - 1 for i in range(layers)]
     return ["full_attention" if f else "linear_attention" for f in full]
 
 
@@ -145,6 +145,12 @@ def build_config(
         fields["intermediate_size"] = max(_STEP, fields["intermediate_size"] + change)
         config = _config(fields, pattern)
     return config
+
+
+def dense_config(fields: dict[str, Any], layer_types: list[str]) -> KimiLinearConfig:
+    """A configuration with these fields and dense feed-forward layers only. `InputError` on a bad value."""
+    dense = {"mlp_layer_types": ["dense"] * len(layer_types), "moe_intermediate_size": fields["intermediate_size"]}
+    return _config({"tie_word_embeddings": False, **_MOE, **dense, **fields}, layer_types)
 
 
 def _checked_overrides(overrides: dict[str, Any]) -> dict[str, Any]:
