@@ -276,7 +276,7 @@ def test_another_tokenizer_is_refused_before_the_teacher_loads(folders, tmp_path
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({}, "row 2: needs `text`, or `prompt_ids` and `token_ids`"),
+        ({"question": "1+1"}, "row 2: needs `text`, or `prompt_ids` and `token_ids`"),
         ({"text": 3}, "row 2: needs `text`"),
         ({"prompt_ids": [1], "token_ids": ["x"]}, "row 2: needs `text`"),
     ],
