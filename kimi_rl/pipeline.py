@@ -91,15 +91,15 @@ def check_inputs(recipe: Recipe) -> None:
 
 def check_distillation(recipe: Recipe, stage: DistillStage) -> None:
     """Teacher and student must fit and the file of texts must be whole; reads configurations, no weights."""
-    from kimi_rl.compare.fairness import model_config
     from kimi_rl.learner.teacher import check_pair
     from kimi_rl.learner.texts import check_texts
+    from kimi_rl.model.presets import recipe_config
     from kimi_rl.model.source import read_source_config
 
     where = f"stages.{stage.name}.teacher"
     # The vocabulary of a model built from scratch is known once its tokenizer is.
     known = recipe.model.path is not None
-    check_pair(read_source_config(stage.teacher, where), model_config(recipe), where, vocabulary=known)
+    check_pair(read_source_config(stage.teacher, where), recipe_config(recipe), where, vocabulary=known)
     if stage.texts is not None:
         check_texts(stage.texts, f"stages.{stage.name}.texts")
 

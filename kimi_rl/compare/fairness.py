@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from transformers import KimiLinearConfig
-
 from kimi_rl.compare.plan import Plan
-from kimi_rl.errors import InputError
 from kimi_rl.model.cost import sequence_bytes, token_flops
-from kimi_rl.model.presets import build_config, describe
+from kimi_rl.model.presets import describe, recipe_config
 from kimi_rl.recipe import Recipe
 
 MOST_APART = 0.02  # of the reference's parameters, embeddings left out
@@ -47,29 +44,13 @@ class ArmCost:
     bytes_at: dict[int, dict[str, int]]
 
 
-def model_config(recipe: Recipe) -> KimiLinearConfig:
-    """The configuration of a recipe's model; loads no weights."""
-    section = recipe.model
-    if section.path is not None:
-        try:
-            return KimiLinearConfig.from_pretrained(section.path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"model.path: cannot read {section.path}: {' '.join(str(error).split())}") from error
-    from kimi_rl.tokenizer import build_tokenizer
-
-    vocabulary = recipe.tokenizer.vocab_size
-    if recipe.tokenizer.kind == "bytes":
-        vocabulary = len(build_tokenizer(recipe.tokenizer, []))
-    return build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=3)
-
-
 def arm_costs(plan: Plan) -> dict[str, ArmCost]:
     """The cost of every arm."""
     return {arm: _cost(plan.recipe(arm), plan.file.context) for arm in plan.file.arms}
 
 
 def _cost(recipe: Recipe, context: list[int]) -> ArmCost:
-    config = model_config(recipe)
+    config = recipe_config(recipe)
     counts = describe(config)
     length = max(
         stage.rollout.max_tokens if stage.kind == "rlvr" else stage.max_length for stage in recipe.stages

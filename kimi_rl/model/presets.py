@@ -17,7 +17,7 @@ from transformers import KimiLinearConfig
 
 from kimi_rl.errors import InputError
 from kimi_rl.model.modeling import KimiLinearForCausalLM
-from kimi_rl.recipe import ModelSection
+from kimi_rl.recipe import ModelSection, Recipe
 
 # MLA head sizes of `small` and up are those of the released 48B model, for which GPU kernels exist.
 _MLA_RELEASED = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -145,6 +145,22 @@ def build_config(
         fields["intermediate_size"] = max(_STEP, fields["intermediate_size"] + change)
         config = _config(fields, pattern)
     return config
+
+
+def recipe_config(recipe: Recipe) -> KimiLinearConfig:
+    """The configuration of a recipe's model; loads no weights."""
+    section = recipe.model
+    if section.path is not None:
+        try:
+            return KimiLinearConfig.from_pretrained(section.path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"model.path: cannot read {section.path}: {' '.join(str(error).split())}") from error
+    from kimi_rl.tokenizer import build_tokenizer
+
+    vocabulary = recipe.tokenizer.vocab_size
+    if recipe.tokenizer.kind == "bytes":
+        vocabulary = len(build_tokenizer(recipe.tokenizer, []))
+    return build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=3)
 
 
 def dense_config(fields: dict[str, Any], layer_types: list[str]) -> KimiLinearConfig:
