@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from kimi_rl.compare.plan import Plan
+from kimi_rl.errors import InputError
 from kimi_rl.model.cost import sequence_bytes, token_flops
 from kimi_rl.model.presets import describe, recipe_config
 from kimi_rl.recipe import Recipe
