@@ -4,7 +4,8 @@
 
 staleness: held-out accuracy of synchronous training beside rollouts that run 1 and 4 versions ahead.
 tis: an engine whose weights are perturbed with noise, with and without truncated importance sampling.
-ptx: SFT on two tasks, RL on one of them, with and without the supervised term on the other: accuracy on the other.
+ptx: SFT on sums and on their successors, RL on the successors, with and without the supervised term on sums: accuracy
+on sums.
 
 Every run starts from the same SFT model (made once, kept in `--work`); a finished run is not repeated.
 """
@@ -38,10 +39,9 @@ from kimi_rl.run_dir import RunDir
 MAX_TOKENS = 32
 ARITHMETIC = {"task": "arithmetic", "params": {"level": 2, "digits": 1, "terms": 3}, "held_out_size": 250}
 SLIPS = {**ARITHMETIC, "params": {**ARITHMETIC["params"], "slip_share": 0.6}}
-REVERSAL = {"task": "palindrome", "params": {"length": 3}, "held_out_size": 250}
 ENGINE = {"engine": "transformers", "max_tokens": MAX_TOKENS, "batch_size": 256}
 RL = {
-    "kind": "rlvr", "steps": 60, "prompts_per_step": 8, "group_size": 8, "learning_rate": 2.0e-4,
+    "kind": "rlvr", "steps": 60, "prompts_per_step": 16, "group_size": 8, "learning_rate": 1.0e-4,
     "scale_rewards": "none", "loss_type": "k15", "tau": 0.05, "rollout": ENGINE, "checkpoint_every": 1000,
     "mismatch": {"max_kl": None}, "eval": {"limit": 1},
 }  # fmt: skip
@@ -126,46 +126,51 @@ def accuracy(context: StageContext, section: dict) -> float:
     return figures.held_out_accuracy
 
 
-def mixed_tasks(work: Path) -> dict:
-    """Half sums, half reversals, as a local file."""
-    folder = work / "mixed"
-    if not (folder / "test.jsonl").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        for split in ("train", "test"):
-            count = 1500 if split == "train" else 50
-            lines = []
-            for section in (ARITHMETIC, REVERSAL):
-                problems = load_problems(DataSection.model_validate({**section, "train_size": 1500}))
-                rows = (problems.train if split == "train" else problems.held_out).select(range(count))
-                lines += [
-                    json.dumps({"question": r["prompt"][0]["content"], **{k: r[k] for k in ("answer", "solution")}})
-                    for r in rows
-                ]
-            (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
-    return {"path": str(folder), "check_golds": False, "instruction": ""}
+def two_tasks(work: Path) -> tuple[dict, dict]:
+    """Local files: sums beside their successors (`after 4-3+5=?` is 7, which 4 in 10 demonstrations get right), and
+    the successors alone."""
+    both, successors = work / "both", work / "successors"
+    for split, count in (("train", 1500), ("test", 250)):
+        problems = load_problems(DataSection.model_validate({**ARITHMETIC, "train_size": count, "held_out_size": 250}))
+        sums, after = [], []
+        for number, row in enumerate(problems.train if split == "train" else problems.held_out):
+            plain = {"question": row["question"], "answer": row["answer"], "solution": row["solution"]}
+            right = str(int(row["answer"]) + 1)
+            said = right if number % 10 < 4 else row["answer"]
+            steps = row["solution"].rsplit("####", 1)[0]
+            sums.append(plain)
+            after.append({"question": f"after {row['question']}", "answer": right, "solution": f"{steps}#### {said}"})
+        for folder, rows in ((both, sums + after), (successors, after)):
+            folder.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / f"{split}.jsonl").write_text(text)
+    plain = {"instruction": ""}
+    return {"path": str(both), **plain}, {"path": str(successors), **plain}
 
 
-def experiment(name: str, work: Path, seeds: list[int], steps: int) -> dict[str, list[dict]]:
+def experiment(name: str, work: Path, seeds: list[int], steps: int, only: list[str] | None) -> dict[str, list[dict]]:
     """{arm: one result per seed}."""
     rl = {**RL, "steps": steps}
     if name == "staleness":
         start = sft_model(work, "slips", SLIPS, 300)
+        # Adam's first steps are as long as its later ones: without a warm-up they outrun what is 4 versions old.
+        rl |= {"warmup_steps": 10, "schedule": "linear"}
         sliced = {**rl, "rollout": {**ENGINE, "slice_tokens": 8}}
-        arms = {"synchronous": rl, "1": {**sliced, "max_staleness": 1}, "4": {**sliced, "max_staleness": 4}}
+        arms = {"synchronous": rl, **{str(age): {**sliced, "max_staleness": age} for age in (1, 4)}}
         data, engine = ARITHMETIC, None
     elif name == "tis":
         start = sft_model(work, "slips", SLIPS, 300)
-        noisy = {**rl, "rollout": {**ENGINE, "engine_args": {"noise": 1.0}}}
+        noisy = {**rl, "rollout": {**ENGINE, "engine_args": {"noise": 1.5}}}
         arms = {"corrected": noisy, "uncorrected": {**noisy, "importance_sampling": {"enabled": False}}}
         data, engine = ARITHMETIC, NoisyEngine
     else:
-        start = sft_model(work, "mixed", mixed_tasks(work), 300)
-        hard = {**rl, "learning_rate": 5.0e-4, "updates_per_step": 2}
-        arms = {"without": hard, "with": {**hard, "ptx": {"weight": 0.3, "batch_size": 16, "data": ARITHMETIC}}}
-        data, engine = REVERSAL, None
+        both, data = two_tasks(work)
+        start, engine = sft_model(work, "both", both, 300), None
+        arms = {"without": rl, "with": {**rl, "ptx": {"weight": 1.0, "batch_size": 16, "data": ARITHMETIC}}}
     return {
         arm: [run_stage(work / f"{name}_{arm}_{seed}", start, data, stage, seed, engine) for seed in seeds]
         for arm, stage in arms.items()
+        if only is None or arm in only
     }
 
 
@@ -175,10 +180,11 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--arms", nargs="+", help="Only these, to share the work among several commands.")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with local_ray():
-        arms = experiment(args.name, args.work, args.seeds, args.steps)
+        arms = experiment(args.name, args.work, args.seeds, args.steps, args.arms)
     result = {
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
