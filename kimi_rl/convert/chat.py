@@ -1,6 +1,6 @@
 """The chat template of a converted model: the source's text, with marks around what the model has to say.
 
-The SFT stage reads the marks (`{% generation %}`) for its loss; public templates rarely have them.
+An sft stage learns what the marks (`{% generation %}`) hold; public templates rarely have them.
 """
 
 from __future__ import annotations

@@ -85,17 +85,23 @@ def factorise(
         up = torch.linalg.solve(root, left[:, :rank])
         down = left[:, :rank].T @ root @ stacked
         lost = float(sizes[rank:].square().sum() / sizes.square().sum())
-    directions, coordinates = _orthonormal(down * source.input_norm)
+    lengths = _lengths(source)
+    directions, coordinates = _orthonormal(down * lengths)
     up = up @ coordinates
     if len(directions) < rank:
-        directions = _fill(directions, moment, source.input_norm, rank)
+        directions = _fill(directions, moment / lengths / lengths[:, None], rank)
         up = torch.cat([up, up.new_zeros(len(up), rank - up.shape[1])], dim=1)
-    return Factors(_divide(directions, source.input_norm), up, lost)
+    return Factors(directions / lengths, up, lost)
 
 
-def _divide(rows: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    """rows / norm, where a weight of 0 (its channel of x is 0) gives 0."""
-    return torch.where(norm == 0, 0.0, rows / torch.where(norm == 0, 1.0, norm))
+def _lengths(source: SourceAttention) -> torch.Tensor:
+    """What x is divided by, [d]: the weight of the norm in front, but no less than a tenth of its median.
+
+    A few channels have weights near 0; dividing by those would give `kv_a_proj` entries hundreds of times the others.
+    """
+    norm = source.input_norm
+    floor = (norm.abs().median() / 10).clamp(min=1e-6)
+    return torch.where(norm < 0, -1.0, 1.0) * norm.abs().clamp(min=floor)
 
 
 def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,11 +111,10 @@ def _orthonormal(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return right[kept], left[:, kept] * sizes[kept]
 
 
-def _fill(directions: torch.Tensor, moment: torch.Tensor, norm: torch.Tensor, rank: int) -> torch.Tensor:
-    """`directions` and the orthogonal ones, up to `rank`, in which y = x / norm has most power."""
-    inverse = _divide(torch.ones_like(norm), norm)
-    rest = torch.eye(len(norm), dtype=torch.float64) - directions.T @ directions
-    power = rest @ (moment * inverse * inverse[:, None]) @ rest
+def _fill(directions: torch.Tensor, moment: torch.Tensor, rank: int) -> torch.Tensor:
+    """`directions` and the orthogonal ones, up to `rank`, in which y has most power; moment [d, d] of y."""
+    rest = torch.eye(len(moment), dtype=torch.float64) - directions.T @ directions
+    power = rest @ moment @ rest
     # The directions that are taken must come last, whatever rounding makes of their zeros.
     _, vectors = torch.linalg.eigh(power - directions.T @ directions * power.diagonal().sum())
     return torch.cat([directions, vectors[:, len(directions) - rank :].T.flip(0)])

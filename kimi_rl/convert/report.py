@@ -23,15 +23,19 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     table = Table(title="Attention output on calibration text that no fit has seen, before any training")
     table.add_column("layer", justify="right")
     table.add_column("kind")
-    table.add_column("error, o copied", justify="right")
-    table.add_column("error, o refitted", justify="right")
+    table.add_column("error with\no copied", justify="right")
+    table.add_column("error with\no refitted", justify="right")
     table.add_column("start")
     for row in report["layers"]:
         table.add_row(
             str(row["layer"]), row["kind"], f"{row['error_copied']:.3f}", f"{row['error']:.3f}", _start(row)
         )
     console.print(table)
-    console.print("error: share of the power of the source's output that is missed; 0 equal, 1 as bad as zeros")
+    console.print(
+        "error: share of the power of the source's output that is missed; 0 equal, 1 as bad as zeros\n"
+        "half-lives: tokens, fastest and slowest channel; rank: power of keys and values that the latent leaves out; "
+        "size: spread of the latent's norm"
+    )
     before, after = report["parameters"]["source"], report["parameters"]["converted"]
     console.print(f"parameters: {before:,} in the source, {after:,} converted")
     perplexity = report["perplexity"]
@@ -39,7 +43,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print(f"perplexity of the same text: source {source:.2f}, converted {converted:.2f}")
     if not report["chat_template_marked"]:
         console.print(
-            "note: the chat template has no {% generation %} marks and is of an unknown form; an sft stage needs them",
+            "note: the chat template is of an unknown form and got no {% generation %} marks; an sft stage then learns "
+            "all that it writes behind a prompt",
             markup=False,
         )
     console.print(f"written: {report['out']} (with convert.json)", markup=False)
@@ -47,6 +52,6 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def _start(row: dict[str, Any]) -> str:
     if row["kind"] == "mla":
-        return f"rank leaves out {row['rank_lost']:.1%}, latent's size ±{row['latent_size_spread']:.1%}"
+        return f"rank loses {row['rank_lost']:.1%}, size ±{row['latent_size_spread']:.1%}"
     start = row["start"]
-    return f"half-lives {start['fastest']:g} to {start['slowest']:g} tokens, beta logit {start['beta_logit']:g}"
+    return f"half-lives {start['fastest']:g}-{start['slowest']:g}, beta logit {start['beta_logit']:g}"
