@@ -7,7 +7,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
 from kimi_rl.rollout.vllm_plugin import register
 from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
+from kimi_rl.rollout.vllm_plugin.layerwise import LayerwiseReload
 from kimi_rl.rollout.vllm_plugin.served import served_tensors
 from kimi_rl.weight_sync import KEPT_FLOAT32, ChecksumBatch, WeightSyncError, checksum_all
 
@@ -83,8 +83,8 @@ class VLLMEngine:
 
     A weight update loads whole checkpoints through vLLM's layer-wise reload, which repacks fused and absorbed
     weights in place, so captured CUDA graphs see the new values (or, if switched on and possible, writes them there
-    itself; see `vllm_plugin/direct.py`). Before a version is served, every tensor
-    is read back from what the kernels hold (see `vllm_plugin/served.py`) and compared with what was sent.
+    itself; see `vllm_plugin/direct.py`). Before a version is served, every tensor is read back from what the kernels
+    hold (see `vllm_plugin/served.py`) and compared with what was sent.
 
     Args:
         model_folder: checkpoint in Hugging Face layout under the published names (`save_model`); it needs no
@@ -113,12 +113,20 @@ class VLLMEngine:
         self.max_model_len = max_model_len
         self._eos_ids = _check_config(folder)
         self._shapes = _checkpoint_shapes(folder)
-        self._llm = start_vllm(folder, max_model_len, max_num_seqs, dtype, engine_args or {}, seed)
+        self._llm = start_vllm(
+            folder,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            dtype=dtype,
+            engine_args=engine_args,
+            seed=seed,
+        )
         held: list[torch.nn.Module] = []
         self._llm.apply_model(held.append)
         self._model = held[0]
         self.device = next(self._model.parameters()).device  # asked now: in an update they are on `meta`
-        self._direct = DirectWrites.of(self._model, self._shapes)
+        config = self._llm.llm_engine.vllm_config
+        self._loader = DirectWrites.of(self._model, self._shapes) or LayerwiseReload(self._model, config)
         self._dtypes = {name: tensor.dtype for name, tensor in served_tensors(self._model, self._shapes)}
         for name, served in self._dtypes.items():
             if name.endswith(KEPT_FLOAT32) and served != torch.float32:
@@ -207,22 +215,13 @@ class VLLMEngine:
         if not self._llm.reset_prefix_cache() and caching:
             raise WeightSyncError("vLLM kept its prefix cache, which holds states that the old weights computed")
         self._reloading = True
-        if self._direct is not None:
-            return
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
-
-        with self._loading():
-            initialize_layerwise_reload(self._model)
+        self._loader.begin()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """May be called several times in an update, with whole layers: never a part of a fused parameter."""
         if not self._reloading:
             raise WeightSyncError("load_weights outside an update; call begin_update first")
-        if self._direct is not None:
-            self._direct.write(self._inspect(weights))
-            return
-        with self._loading():
-            self._model.load_weights(self._inspect(weights))
+        self._loader.write(self._inspect(weights))
 
     def _inspect(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Check each tensor on its way to vLLM's loader, and keep its checksums."""
@@ -280,24 +279,8 @@ class VLLMEngine:
         self._verified = held
 
     def _finalize(self) -> None:
-        if self._direct is not None:
-            self._direct.finish()
-            self._reloading = False
-            return
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-        with self._loading():
-            finalize_layerwise_reload(self._model, self._llm.llm_engine.vllm_config.model_config)
+        self._loader.finish()
         self._reloading = False
-
-    def _loading(self) -> ExitStack:
-        """The context that vLLM's loaders expect."""
-        from vllm.config import set_current_vllm_config
-
-        stack = ExitStack()
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(set_current_vllm_config(self._llm.llm_engine.vllm_config))
-        return stack
 
     def checksums(self) -> dict[str, int]:
         """Checksum of every tensor that is held, by checkpoint name, read from what the kernels hold.
@@ -328,15 +311,21 @@ class VLLMEngine:
 
         self._refusal = "the engine is closed"
         self._llm.llm_engine.engine_core.shutdown()
-        self._llm = self._model = None
+        self._llm = self._model = self._loader = None
         cleanup_dist_env_and_memory()
 
 
 def start_vllm(
-    folder: Path, max_model_len: int, max_num_seqs: int, dtype: str, engine_args: dict[str, Any], seed: int
+    folder: Path,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    dtype: str = "float32",
+    engine_args: dict[str, Any] | None = None,
+    seed: int = 0,
 ) -> Any:
     """`vllm.LLM` on a folder, with what this package decides for every engine. Raises InputError on bad arguments."""
-    arguments = _arguments(engine_args, max_model_len)
+    arguments = _arguments(engine_args or {}, max_model_len)
     _make_importable()
 
     from vllm import LLM

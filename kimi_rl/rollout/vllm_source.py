@@ -18,16 +18,8 @@ class VLLMSourceEngine(VLLMEngine):
     InputError for a hub id that is not on this machine as a folder.
     """
 
-    def __init__(
-        self,
-        model_folder: str,
-        *,
-        max_model_len: int,
-        max_num_seqs: int,
-        dtype: str = "float32",
-        engine_args: dict[str, Any] | None = None,
-        seed: int = 0,
-    ):
+    def __init__(self, model_folder: str, *, max_model_len: int, **settings: Any):
+        """`settings` go to `start_vllm`."""
         self.policy_version = -1
         self.max_model_len = max_model_len
         self._refusal = None
@@ -39,7 +31,7 @@ class VLLMSourceEngine(VLLMEngine):
             elif not folder.is_dir():
                 raise InputError(f"model: {model_folder} is not a folder; download it, or use --engine transformers")
             self._eos_ids = stop_ids(folder)
-            self._llm = start_vllm(folder, max_model_len, max_num_seqs, dtype, engine_args or {}, seed)
+            self._llm = start_vllm(folder, max_model_len=max_model_len, **settings)
 
     def served_dtypes(self) -> None:
         return None

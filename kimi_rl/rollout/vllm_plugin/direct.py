@@ -22,7 +22,8 @@ SWITCH = "KIMI_RL_DIRECT_RELOAD"
 
 
 class DirectWrites:
-    """The place of each checkpoint tensor in `model`; made once, for places do not change while the model lives."""
+    """Used as `LayerwiseReload` is. Holds the place of each checkpoint tensor in `model`, made once: places do not
+    change while the model lives."""
 
     def __init__(self, model: nn.Module, places: dict[str, torch.Tensor]):
         self._places = places
@@ -40,6 +41,9 @@ class DirectWrites:
                 return None
             places[name] = tensor.view(shapes[name])
         return cls(model, places)
+
+    def begin(self) -> None:
+        """Nothing: weights are overwritten where they lie."""
 
     @torch.no_grad()
     def write(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
