@@ -9,5 +9,10 @@ class InputError(ValueError):
     """
 
 
+def one_line(error: object, most: int | None = None) -> str:
+    """The text of another library's error on one line, cut to `most` characters."""
+    return " ".join(str(error).split())[:most]
+
+
 class RunError(RuntimeError):
     """A run that cannot go on (an engine died too often, a mismatch bar was passed): one line, exit code 1."""

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 
 STAGES: dict[str, type[BaseModel]] = {"sft": SFTStage, "distill": DistillStage, "rlvr": RLVRStage}
@@ -71,13 +71,13 @@ def parse_yaml(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         problem = error.problem or error.context or "not YAML"
-        raise InputError(f"{where}{place}: {_one_line(problem)}") from None
+        raise InputError(f"{where}{place}: {one_line(problem)}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{where}: not YAML: {_one_line(error)}") from None
+        raise InputError(f"{where}: not YAML: {one_line(error)}") from None
     except RecursionError:
         raise InputError(f"{where}: nested too deeply, or an anchor that contains itself") from None
     except ValueError as error:  # for instance an integer of more digits than Python converts
-        raise InputError(f"{where}: {_one_line(error)}") from None
+        raise InputError(f"{where}: {one_line(error)}") from None
 
 
 def _unshare(value: Any) -> Any:
@@ -305,7 +305,7 @@ def _word(error: Any, root: Any) -> str:
     if kind == "missing":
         return f"{path}: missing, expected {_describe(error['loc'], root)}"
     if kind == "value_error":
-        message = _one_line(context.get("error", error["msg"]))
+        message = one_line(context.get("error", error["msg"]))
         return f"{path}: {message}" if path else message
     return f"{path}: found {_show(found)}, expected {_expected(kind, context, error, root)}"
 
@@ -327,7 +327,7 @@ def _expected(kind: str, context: dict[str, Any], error: Any, root: Any) -> str:
     if kind == "too_short":
         count = context["min_length"]
         return f"at least {count} {'entry' if count == 1 else 'entries'}"
-    return _one_line(error["msg"])
+    return one_line(error["msg"])
 
 
 def _describe(loc: tuple[Any, ...], root: Any) -> str:
@@ -398,10 +398,6 @@ def _show(value: Any) -> str:
         return f"a list of {len(value)}"
     text = str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(value: Any) -> str:
-    return " ".join(str(value).split())
 
 
 def first_difference(old: Any, new: Any, path: str = "") -> tuple[str, Any, Any] | None:

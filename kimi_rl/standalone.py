@@ -199,13 +199,12 @@ def generate_from_file(
     model: str, prompts: Path, *, engine: str, temperature: float, top_p: float, max_tokens: int, seed: int
 ) -> Iterator[dict[str, Any]]:
     """One answer a row of `prompts`: prompt_ids, token_ids, logprobs, text, finish_reason."""
+    from kimi_rl.dataset.files import read_json_lines  # not at the top: it brings `datasets` along
     from kimi_rl.rollout.engine import Request, SamplingParams
     from kimi_rl.seeds import derive_seed
     from kimi_rl.tokenizer import prompt_ids
 
     check_engine(model, engine)
-    from kimi_rl.dataset.files import read_json_lines  # not at the top: it brings `datasets` along
-
     rows = read_json_lines(prompts)
     for number, row in enumerate(rows, 1):
         ids, text = row.get("prompt_ids"), row.get("prompt")

@@ -13,7 +13,8 @@ from kimi_rl.errors import InputError
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.actor import Learner
 from kimi_rl.learner.distill import load_texts, run_distill
-from kimi_rl.learner.distill_trainers import mix, student_states
+from kimi_rl.learner.distill_trainers import mix
+from kimi_rl.learner.packing import packed_states
 from kimi_rl.learner.stage import StageContext, StageJob
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, check_texts, rows_in_order, shuffled_rows
@@ -179,7 +180,7 @@ def test_texts_of_a_row_do_not_see_each_other(folders):
         teacher.run(pack, take)
         return torch.cat(found, dim=-1)
 
-    for run in (teacher.run, lambda pack: student_states(student, pack), mixed):
+    for run in (teacher.run, lambda pack: packed_states(student, pack), mixed):
         with torch.no_grad():
             together, apart = run(row), torch.cat([run(pack) for pack in alone])
         torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)

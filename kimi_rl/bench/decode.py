@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers import KimiLinearConfig
 
-from kimi_rl.errors import InputError, RunError
+from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.load_save import create_model, save_model
 from kimi_rl.model.presets import SIZES, describe
@@ -117,7 +117,7 @@ def load_longest(
         except InputError:
             raise
         except (ValueError, RuntimeError) as error:  # what vLLM raises where the cache does not fit
-            refused.insert(0, {"context": context[count - 1], "error": " ".join(str(error).split())[:200]})
+            refused.insert(0, {"context": context[count - 1], "error": one_line(error, 200)})
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -187,7 +187,7 @@ def _row(
             one.append(_time(engine, requests, 1))
             more.append(_time(engine, requests, tokens + 1))
     except (torch.OutOfMemoryError, InputError) as error:
-        return {"context": length, "error": " ".join(str(error).split())[:200]}
+        return {"context": length, "error": one_line(error, 200)}
     # The first of each warms up: kernels are compiled, memory is mapped.
     prefill, token = min(one[1:]), (min(more[1:]) - min(one[1:])) / tokens
     times = {"one_token_s": one[1:], "all_tokens_s": more[1:]}

@@ -18,7 +18,7 @@ from kimi_rl.compare.panels import Panel, curve_panels, decode_panels, memory_pa
 from kimi_rl.compare.plan import Plan
 from kimi_rl.compare.runner import Outcome, check_plan, is_finished, make_runs
 from kimi_rl.compare.watch import Watch
-from kimi_rl.errors import InputError, RunError
+from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.report.report import describe_machine
 from kimi_rl.run_dir import RunDir, atomic_write_text, describe_environment, jsonable
 
@@ -70,7 +70,7 @@ def _measure_decoding(plan: Plan, out: Path, watch: Watch | None) -> list[str]:
             engine=asked.engine,
         )  # fmt: skip
     except (InputError, RunError, RuntimeError) as error:  # the curves are there all the same
-        return [f"decoding was not measured: {' '.join(str(error).split())}"]
+        return [f"decoding was not measured: {one_line(error)}"]
     for model in found["models"]:
         model["model"] = str(Path(model["model"]).relative_to(out))
     found |= {"asked": asked.model_dump(), "arms": list(models)}

@@ -21,7 +21,7 @@ from kimi_rl.convert.report import write_report
 from kimi_rl.errors import InputError
 from kimi_rl.kernels.logprob import token_logprobs
 from kimi_rl.kernels.segments import Segments
-from kimi_rl.learner.packing import Pack
+from kimi_rl.learner.packing import Pack, packed_states
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.model.load_save import save_model
 from kimi_rl.model.modeling import KimiLinearForCausalLM
@@ -109,7 +109,7 @@ def convert(
         "chat_template_marked": marked,
         "perplexity": {
             "source": perplexity(states, teacher.head, pack, held_from),
-            "converted": perplexity(model_states(model, pack), model.lm_head.weight, pack, held_from),
+            "converted": perplexity(packed_states(model, pack), model.lm_head.weight, pack, held_from),
         },
         "layers": layers,
     }
@@ -273,18 +273,6 @@ class Mixer:
         self._load({"o_proj.weight": fitted})
         held, wanted = features[self.held_from :], self.wanted[self.held_from :]
         return {"error_copied": self._error(held, copied, wanted), "error": self._error(held, fitted, wanted)}
-
-
-@torch.no_grad()
-def model_states(model: KimiLinearForCausalLM, pack: Pack) -> torch.Tensor:
-    """The last hidden states [T, D] of a packed row."""
-    return model.model(
-        input_ids=pack.input_ids,
-        attention_mask={"full_attention": None, "linear_attention": None},  # the layers keep the texts apart
-        position_ids=pack.positions,
-        segments=pack.segments,
-        use_cache=False,
-    ).last_hidden_state[0]
 
 
 def perplexity(states: torch.Tensor, head: torch.Tensor, pack: Pack, held_from: int) -> float:

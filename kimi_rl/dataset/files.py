@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 
 SUFFIXES = (".jsonl", ".parquet")
 HELD_OUT_NAMES = ("test", "held_out", "validation", "val", "eval", "dev")
@@ -69,7 +69,7 @@ def _parquet(path: Path) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise InputError(f"data.path: {path} is no valid parquet file ({_one_line(error)})") from None
+        raise InputError(f"data.path: {path} is no valid parquet file ({one_line(error, 200)})") from None
 
 
 def find_splits(folder: Path) -> tuple[list[Path], list[Path]]:
@@ -101,7 +101,3 @@ def _of_split(files: list[Path], name: str) -> list[Path]:
     """Files of one split: `name.jsonl` if there, else `name.parquet`, else all shards `name-*`."""
     exact = [file for file in files if file.stem == name]
     return exact[:1] or [file for file in files if file.stem.startswith(f"{name}-")]
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

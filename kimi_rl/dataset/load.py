@@ -18,7 +18,7 @@ from kimi_rl.dataset.golds import unusable_golds
 from kimi_rl.dataset.overlap import find_overlap, fingerprint, repeats, summarize
 from kimi_rl.dataset.registry import INSTRUCTIONS, Source, find_source, known_names, nearest_names
 from kimi_rl.dataset.tasks import get_task
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 from kimi_rl.recipe import DataSection
 
 log = logging.getLogger(__name__)
@@ -224,7 +224,7 @@ def _load_hub(hub_id: str, config: str | None, split: str | None) -> Any:
     try:
         return datasets.load_dataset(hub_id, config, split=split)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error, 200) or type(error).__name__
         parts = ", ".join(f"{key} {value}" for key, value in (("config", config), ("split", split)) if value)
         raise InputError(
             f"data.path: cannot load {hub_id}{f' ({parts})' if parts else ''} from the Hugging Face hub: "

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from kimi_rl.kernels.logprob import token_logprobs
-from kimi_rl.learner.distill_trainers import error_columns, match_layers, student_states
-from kimi_rl.learner.packing import Pack
+from kimi_rl.learner.distill_trainers import error_columns, match_layers
+from kimi_rl.learner.packing import Pack, packed_states
 from kimi_rl.learner.stage import StageContext
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, rows_in_order
@@ -49,7 +49,7 @@ class Exam:
     def _score_student(self, pack: Pack) -> torch.Tensor:
         model = self._context.model
         with self._autocast():
-            states = student_states(model, pack)[pack.scored_places]
+            states = packed_states(model, pack)[pack.scored_places]
         return token_logprobs(states, model.lm_head.weight, pack.scored_tokens, with_entropy=False)[0]
 
     def _score_teacher(self, pack: Pack) -> torch.Tensor:

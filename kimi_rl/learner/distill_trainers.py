@@ -13,7 +13,7 @@ from transformers import Trainer, TrainingArguments
 from kimi_rl.kernels.distill_loss import distill_loss
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.optimizers import muon_with_adamw
-from kimi_rl.learner.packing import Pack
+from kimi_rl.learner.packing import Pack, packed_states
 from kimi_rl.learner.stage import CheckpointNames, StageContext
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, shuffled_rows
@@ -145,7 +145,7 @@ class LogitTrainer(DistillTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         pack: Pack = inputs["pack"]
         with self.accelerator.autocast():
-            states = student_states(model, pack)[pack.scored_places]
+            states = packed_states(model, pack)[pack.scored_places]
         teacher_states = self.teacher.run(pack)[pack.scored_places]
         found = distill_loss(
             states,
@@ -164,20 +164,6 @@ class LogitTrainer(DistillTrainer):
     def name_figures(self, figures: torch.Tensor) -> dict[str, Any]:
         kl, ce = figures.tolist()
         return {"kl_to_teacher": kl, "cross_entropy": ce}
-
-
-def student_states(model: KimiLinearForCausalLM, pack: Pack) -> torch.Tensor:
-    """The last hidden states [T, D] of a packed row."""
-    # A dictionary is taken as is; the layers keep the texts apart themselves.
-    apart = {"full_attention": None, "linear_attention": None}
-    out = model.model(
-        input_ids=pack.input_ids,
-        attention_mask=apart,
-        position_ids=pack.positions,
-        segments=pack.segments,
-        use_cache=False,
-    )
-    return out.last_hidden_state[0]
 
 
 def match_layers(

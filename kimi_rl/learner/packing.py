@@ -17,6 +17,7 @@ import torch
 
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.model.flops import ForwardCost
+from kimi_rl.model.modeling import NO_MASKS, KimiLinearForCausalLM
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,18 @@ class Pack:
     scored_tokens: torch.Tensor
     rows: torch.Tensor
     columns: torch.Tensor
+
+
+def packed_states(model: KimiLinearForCausalLM, pack: Pack) -> torch.Tensor:
+    """The last hidden states [T, D] of a packed row."""
+    out = model.model(
+        input_ids=pack.input_ids,
+        attention_mask=NO_MASKS,
+        position_ids=pack.positions,
+        segments=pack.segments,
+        use_cache=False,
+    )
+    return out.last_hidden_state[0]
 
 
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int) -> list[Sample]:

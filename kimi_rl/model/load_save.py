@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, KimiLinearConfig, PreTrainedTokenizerBase
 
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 from kimi_rl.model.modeling import KimiLinearForCausalLM
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.model.presets import build_config, complete_config
@@ -51,7 +51,7 @@ def load_model(
     try:
         raw, _ = KimiLinearConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.path: cannot read {path}: {_one_line(error)}") from error
+        raise InputError(f"model.path: cannot read {path}: {one_line(error, 300)}") from error
     if raw.get("model_type") != "kimi_linear":
         raise InputError(
             f"model.path: {path} has model_type {raw.get('model_type')!r}; a kimi_linear model is needed"
@@ -67,7 +67,7 @@ def load_model(
             source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"model.path: cannot load {path}: {_one_line(error)}") from error
+        raise InputError(f"model.path: cannot load {path}: {one_line(error, 300)}") from error
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := info.get(what):
             raise InputError(
@@ -82,7 +82,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.path: no tokenizer in {path}: {_one_line(error)}") from error
+        raise InputError(f"model.path: no tokenizer in {path}: {one_line(error, 300)}") from error
 
 
 def save_model(
@@ -165,7 +165,3 @@ def _source(path: str | Path, *, needs: str) -> str:
     if not _HUB_ID.fullmatch(str(path)):
         raise InputError(f"model.path: {path} is neither a folder nor a hub id like owner/name")
     return str(path)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

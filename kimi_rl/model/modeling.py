@@ -37,6 +37,9 @@ from kimi_rl.kernels.varlen_attention import varlen_attention
 # `KIMI_RL_FUSED_DECODE=1`: a KDA layer decodes in one kernel. Off unless asked for: not yet measured on a card.
 FUSED_DECODE = "KIMI_RL_FUSED_DECODE"
 
+# In place of masks for a packed row. A dictionary is taken as is; the layers separate the sequences themselves.
+NO_MASKS = {"full_attention": None, "linear_attention": None}
+
 # Parameters and buffers kept in float32, by the last parts of their names.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "conv1d.weight", "e_score_correction_bias")
 
@@ -274,8 +277,7 @@ class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
                     f"cu_seqlens must run from 0 to the packed length {input_ids.shape[1]} of one row, found "
                     f"0..{segments.length} for input_ids {list(input_ids.shape)}"
                 )
-            # A dictionary is taken as is; the layers separate the sequences themselves.
-            attention_mask = {"full_attention": None, "linear_attention": None}
+            attention_mask = NO_MASKS
             use_cache = False
             kwargs["segments"] = segments
         elif position_ids is not None and attention_mask is None and _restarts(position_ids):

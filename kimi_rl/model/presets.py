@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import KimiLinearConfig
 
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 from kimi_rl.model.modeling import KimiLinearForCausalLM
 from kimi_rl.recipe import ModelSection, Recipe
 
@@ -154,7 +154,7 @@ def recipe_config(recipe: Recipe) -> KimiLinearConfig:
         try:
             return KimiLinearConfig.from_pretrained(section.path)
         except (OSError, ValueError) as error:
-            raise InputError(f"model.path: cannot read {section.path}: {' '.join(str(error).split())}") from error
+            raise InputError(f"model.path: cannot read {section.path}: {one_line(error)}") from error
     from kimi_rl.tokenizer import build_tokenizer
 
     vocabulary = recipe.tokenizer.vocab_size
@@ -191,7 +191,7 @@ def _config(fields: dict[str, Any], layer_types: list[str]) -> KimiLinearConfig:
     try:
         config = KimiLinearConfig(**fields, layer_types=list(layer_types))
     except (StrictDataclassError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"model.overrides: {' '.join(str(error).split())}") from error
+        raise InputError(f"model.overrides: {one_line(error)}") from error
     return complete_config(config)
 
 

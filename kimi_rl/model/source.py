@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 
 # Softmax attention in every layer, through transformers' attention interface, and nothing else that mixes tokens.
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -30,7 +30,7 @@ def read_source_config(path: str, where: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, **gguf)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{where}: cannot read {path}: {_one_line(error)}") from error
+        raise InputError(f"{where}: cannot read {path}: {one_line(error, 300)}") from error
     if config.model_type not in FAMILIES:
         raise InputError(
             f"{where}: {path} has model_type {config.model_type!r}; known are {', '.join(FAMILIES)}"
@@ -75,7 +75,7 @@ def load_source(
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **gguf)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise InputError(f"{where}: cannot load {path}: {_one_line(error)}") from error
+        raise InputError(f"{where}: cannot load {path}: {one_line(error, 300)}") from error
     if gguf:  # the weights are out of their quantisation; transformers would still refuse to save them
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -89,7 +89,7 @@ def load_source_tokenizer(path: str, where: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(source, **gguf)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{where}: no tokenizer in {path}: {_one_line(error)}") from error
+        raise InputError(f"{where}: no tokenizer in {path}: {one_line(error, 300)}") from error
 
 
 def _locate(path: str, where: str) -> tuple[str, dict[str, str]]:
@@ -118,7 +118,3 @@ def _gguf(file: Path, where: str) -> tuple[str, dict[str, str]]:
     if find_spec("gguf") is None:
         raise InputError(f"{where}: {file} needs the package gguf; run `pip install gguf`")
     return str(file.parent), {"gguf_file": file.name}
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from kimi_rl.dataset.tasks.base import HELD_OUT_SHARE, STALE_DRAWS, Problem, Split, stable_hash
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, one_line
 from kimi_rl.rewards.extract import final_answer
 from kimi_rl.rewards.reasoning_gym import KIND, encode_gold, score
 
@@ -89,7 +89,7 @@ class ReasoningGymTask:
             params = json.dumps(values, sort_keys=True)
             _dataset(self.dataset, params, 0)
         except Exception as error:  # noqa: BLE001 - assertions and whatever a wrong type leads to
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(error) or type(error).__name__
             raise InputError(f"data.params: {self.name}: {reason}, found {values!r}") from None
         return params
 
