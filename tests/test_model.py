@@ -294,6 +294,28 @@ def test_bfloat16_and_autocast_stay_near_float32():
     assert float((narrow - exact).abs().max()) < 0.05 * scale
 
 
+@pytest.mark.parametrize("arch", ["hybrid", "mla"])
+def test_under_autocast_log_probs_are_those_of_the_weights_that_the_engine_holds(arch):
+    """What the engine rounds off must make no difference to the learner either, in any tensor."""
+    model, ids = make_model(arch, initializer_range=0.05), tokens(1, 40)
+    for parameter in model.parameters():
+        parameter.data += 0.01 * torch.randn_like(parameter)
+    places, scored = torch.arange(39), ids[0, 1:]
+
+    def score():
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(
+                ids, cu_seqlens=torch.tensor([0, 40]), scored_places=places, scored_tokens=scored, with_entropy=False
+            ).logps
+
+    found = score()
+    kept = {name for name, _ in modeling.fp32_tensors(model)}
+    for name, parameter in model.named_parameters():
+        if name not in kept:
+            parameter.data = parameter.data.bfloat16().float()
+    torch.testing.assert_close(score(), found, rtol=0, atol=0)
+
+
 # Presets --------------------------------------------------------------------------------------------------
 
 

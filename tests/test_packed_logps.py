@@ -13,7 +13,7 @@ import torch
 
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.model import modeling
-from kimi_rl.model.modeling import KimiLinearForCausalLM
+from kimi_rl.model.modeling import KimiLinearForCausalLM, as_served
 from kimi_rl.model.presets import build_config
 from kimi_rl.recipe import ModelSection
 
@@ -96,8 +96,10 @@ def packed_scores(model, prompts, completions, mode, **options):
 def alone_scores(model, prompt, completion):
     ids = torch.tensor([[*prompt, *completion]], device=model.device)
     hidden = model.model(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-    with torch.autocast(ids.device.type, enabled=False):  # the head works in float32 throughout the learner
-        logits = hidden.to(model.lm_head.weight.dtype) @ model.lm_head.weight.T
+    # The head multiplies what the engine holds, in float32 throughout the learner.
+    hidden, weight = (as_served(x).to(model.lm_head.weight.dtype) for x in (hidden, model.lm_head.weight))
+    with torch.autocast(ids.device.type, enabled=False):
+        logits = hidden @ weight.T
     logps = (logits / StandIn.temperature).log_softmax(-1)
     return logps.gather(-1, ids[0, len(prompt) :, None]).squeeze(-1), -(logps.exp() * logps).sum(-1)
 

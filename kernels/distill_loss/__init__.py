@@ -42,8 +42,8 @@ def distill_loss(
         hidden: [S, D], the student's states that predict; weight: [V, D], its output head. Differentiable in both.
         teacher_hidden: [S, E]; teacher_weight: [V, E]; any dtype, taken as constants.
         labels: int64 [S], the tokens that follow.
-        matmul_dtype: of the products with the heads (bf16 on a card); unset: float32. Softmax and sums are in float32
-            all the same (float64 if an input is).
+        matmul_dtype: states and heads are rounded to it before they are multiplied (bf16 on a card); unset: they are
+            not. Logits, softmax and sums are in float32 all the same (float64 if an input is).
 
     Raises `ValueError` if the shapes do not fit or the temperature is not positive.
     """

@@ -22,8 +22,10 @@ def distill_loss_reference(
     """Same arguments as `distill_loss`. Returns loss, kl and ce, all differentiable."""
     dtype = compute_dtype(hidden, weight)
     product = matmul_dtype or dtype
-    z = (hidden.to(product) @ weight.to(product).T).to(dtype)
-    teacher_z = (teacher_hidden.to(product) @ teacher_weight.to(product).T).to(dtype)
+    hidden, weight, teacher_hidden, teacher_weight = (
+        x.to(product).to(dtype) for x in (hidden, weight, teacher_hidden, teacher_weight)
+    )
+    z, teacher_z = hidden @ weight.T, teacher_hidden @ teacher_weight.T
     log_p, log_q = (teacher_z / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     ce = torch.nn.functional.cross_entropy(z, labels)

@@ -15,6 +15,7 @@ import torch
 
 from kimi_rl.kernels.dispatch import compute_dtype
 from kimi_rl.kernels.logprob.torch_logprob import TILE_ELEMENTS, tiles
+from kimi_rl.kernels.product import wide_product
 
 
 class _DistillLoss(torch.autograd.Function):
@@ -30,8 +31,9 @@ class _DistillLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         for rows in tiles(len(labels), tile):
             x = hidden[rows].to(product)
-            z = (x @ head.T).to(dtype)
-            log_p = ((teacher_hidden[rows].to(product) @ teacher_head.T).to(dtype) / temperature).log_softmax(-1)
+            z = wide_product(x, head.T, dtype)
+            teacher_z = wide_product(teacher_hidden[rows].to(product), teacher_head.T, dtype)
+            log_p = (teacher_z / temperature).log_softmax(-1)
             log_s = z.log_softmax(-1)
             log_q = log_s if temperature == 1 else (z / temperature).log_softmax(-1)
             label = labels[rows, None]
@@ -46,9 +48,9 @@ class _DistillLoss(torch.autograd.Function):
                 dz.scatter_add_(-1, label, torch.full_like(label, -ce_weight / count, dtype=dtype))
             dz = dz.to(product)
             if d_hidden is not None:
-                d_hidden[rows] = (dz @ head).to(dtype)
+                d_hidden[rows] = wide_product(dz, head, dtype)
             if d_weight is not None:
-                d_weight += dz.T @ x
+                d_weight += wide_product(dz.T, x, dtype)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         kl, ce = kl / count, ce / count

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from kimi_rl.kernels.dispatch import compute_dtype
+from kimi_rl.kernels.product import wide_product
 
 # Elements of one tile of logits: 16 MiB in float32 on a CPU (about what its caches hold), 256 MiB on a card.
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
@@ -20,35 +21,36 @@ TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, tile, with_entropy):
+    def forward(ctx, hidden, weight, tokens, temperature, tile, with_entropy, product):
         ctx.set_materialize_grads(False)
         dtype = compute_dtype(hidden, weight)
-        wide = weight.to(dtype)
+        product = product or dtype
+        head = weight.to(product)
         logps = torch.empty(tokens.shape, dtype=dtype, device=hidden.device)
         log_z, entropies = torch.empty_like(logps), torch.empty_like(logps)
         for rows in tiles(len(tokens), tile):
-            z = (hidden[rows].to(dtype) @ wide.T).div_(temperature)
+            z = wide_product(hidden[rows].to(product), head.T, dtype).div_(temperature)
             log_z[rows] = z.logsumexp(-1)
             logps[rows] = z.gather(-1, tokens[rows, None]).squeeze(-1) - log_z[rows]
             if with_entropy:
                 p = (z - log_z[rows, None]).exp_()
                 entropies[rows] = log_z[rows] - p.mul_(z).sum(-1)
         ctx.save_for_backward(hidden, weight, tokens, log_z, entropies)
-        ctx.temperature, ctx.tile = temperature, tile
+        ctx.temperature, ctx.tile, ctx.product = temperature, tile, product
         return logps, entropies if with_entropy else None
 
     @staticmethod
     def backward(ctx, d_logps, d_entropies):
         hidden, weight, tokens, log_z, entropies = ctx.saved_tensors
         if d_logps is None and d_entropies is None:
-            return None, None, None, None, None, None
+            return (None,) * 7
         dtype = log_z.dtype
-        wide = weight.to(dtype)
+        head = weight.to(ctx.product)
         d_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(wide) if ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         for rows in tiles(len(tokens), ctx.tile):
-            x = hidden[rows].to(dtype)
-            log_p = (x @ wide.T).div_(ctx.temperature).sub_(log_z[rows, None])
+            x = hidden[rows].to(ctx.product)
+            log_p = wide_product(x, head.T, dtype).div_(ctx.temperature).sub_(log_z[rows, None])
             p = log_p.exp()
             dz = torch.zeros_like(p)
             if d_entropies is not None:
@@ -56,13 +58,13 @@ class _TokenLogprobs(torch.autograd.Function):
             if d_logps is not None:
                 dz -= p.mul_(d_logps[rows, None])
                 dz.scatter_add_(-1, tokens[rows, None], d_logps[rows, None])
-            dz.div_(ctx.temperature)
+            dz = dz.div_(ctx.temperature).to(ctx.product)
             if d_hidden is not None:
-                torch.mm(dz, wide, out=d_hidden[rows])
+                d_hidden[rows] = wide_product(dz, head, dtype)
             if d_weight is not None:
-                d_weight.addmm_(dz.T, x)
+                d_weight += wide_product(dz.T, x, dtype)
         d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 5
 
 
 def tiles(count: int, tile: int) -> list[slice]:
@@ -76,9 +78,10 @@ def token_logprobs_torch(
     *,
     temperature: float = 1.0,
     with_entropy: bool = True,
+    matmul_dtype: torch.dtype | None = None,
     tile: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Same signature and shapes as `token_logprobs`. `tile`: tokens at once; unset: by the size of the vocabulary."""
     if tile is None:
         tile = max(1, TILE_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
-    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy)
+    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy, matmul_dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from statistics import mean
@@ -22,21 +23,25 @@ from kimi_rl.weight_sync import WeightUpdate, apply_update, tensor_checksum, who
 def trainer_logprobs(
     model: torch.nn.Module, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], *, autocast: bool
 ) -> list[torch.Tensor]:
-    """Log-probs that a plain forward gives to each completion's tokens: one float32 [T_i] a sequence, on the CPU.
+    """Log-probs that the learner gives to each completion's tokens: one float32 [T_i] a sequence, on the CPU.
 
-    As in the learner, the head runs in float32 outside autocast.
+    All sequences in one packed row, through the kernels and in the precision of a training step.
     """
     device = next(model.parameters()).device
-    result = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        ids = torch.tensor([[*prompt, *completion]], device=device)
-        with torch.no_grad():
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
-                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-            logits = torch.nn.functional.linear(hidden.float(), model.lm_head.weight.float())
-        chosen = logits.float().log_softmax(-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
-        result.append(chosen.cpu())
-    return result
+    sequences = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    lengths = [len(completion) for completion in completions]
+    ends = list(itertools.accumulate(map(len, sequences)))
+    places = [place for end, n in zip(ends, lengths, strict=True) for place in range(end - n - 1, end - 1)]
+    with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        scores = model(
+            input_ids=torch.tensor([list(itertools.chain(*sequences))], device=device),
+            cu_seqlens=torch.tensor([0, *ends]),
+            scored_places=torch.tensor(places, device=device),
+            scored_tokens=torch.tensor(list(itertools.chain(*completions)), device=device),
+            with_entropy=False,
+            use_cache=False,
+        )
+    return list(scores.logps.float().cpu().split(lengths))
 
 
 def compare(ours: Sequence[torch.Tensor], theirs: Sequence[Sequence[float]], cap: float = 2.0) -> Mismatch:

@@ -8,6 +8,8 @@
   some go on from the end of another, as the completions of one prompt do. transformers takes packed input and
   lets the state run on from one sequence into the next;
 - `scored_tokens`: log-probs and entropies of given tokens, without the logits of any other;
+- under autocast the embedding, the norms' weights and the head too are rounded to autocast's dtype, as in the engine
+  that serves them (see `as_served`);
 - `A_log`, `dt_bias`, the convolution and the router's bias stay in float32 whatever dtype the rest has, as in
   vLLM.
 
@@ -42,6 +44,42 @@ NO_MASKS = {"full_attention": None, "linear_attention": None}
 
 # Parameters and buffers kept in float32, by the last parts of their names.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "conv1d.weight", "e_score_correction_bias")
+
+
+def served_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype that the rollout engine holds weights in while the learner trains as it does now; None: the same."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def as_served(weight: torch.Tensor) -> torch.Tensor:
+    """`weight` rounded as the engine holds it.
+
+    Autocast rounds what goes into a matrix product and leaves the rest in float32. The engine rounds all. With random
+    weights the embedding alone made the learner's log-probs differ from the engine's by a third more.
+    """
+    dtype = served_dtype(weight.device.type)
+    return weight if dtype is None else weight.to(dtype)
+
+
+class Embedding(torch.nn.Embedding):
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        states = super().forward(input_ids)
+        return as_served(states).to(states.dtype)  # the residual stream stays in float32
+
+
+class RMSNorm(hf.KimiLinearRMSNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.to(compute_dtype(hidden_states))
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return as_served(self.weight) * states.to(hidden_states.dtype)
+
+
+class RMSNormGated(hf.KimiLinearRMSNormGated):
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.to(compute_dtype(hidden_states))
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        states = as_served(self.weight).to(states.dtype) * states * gate.to(states.dtype).sigmoid()
+        return states.to(hidden_states.dtype)
 
 
 class ForgetGate(hf.KimiLinearForgetGate):
@@ -203,6 +241,9 @@ class LatentAttention(hf.KimiLinearAttention):
 
 
 _REPLACEMENTS = {
+    torch.nn.Embedding: Embedding,
+    hf.KimiLinearRMSNorm: RMSNorm,
+    hf.KimiLinearRMSNormGated: RMSNormGated,
     hf.KimiLinearForgetGate: ForgetGate,
     hf.KimiLinearDeltaAttention: DeltaAttention,
     hf.KimiLinearAttention: LatentAttention,
@@ -296,7 +337,12 @@ class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
             return super().forward(**inputs)
         hidden = self.model(**inputs).last_hidden_state[0, scored_places]
         logps, entropies = token_logprobs(
-            hidden, self.lm_head.weight, scored_tokens, temperature=temperature, with_entropy=with_entropy
+            hidden,
+            self.lm_head.weight,
+            scored_tokens,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            matmul_dtype=served_dtype(hidden.device.type),
         )
         return ScoredTokens(logps=logps, entropies=entropies)
 

@@ -102,3 +102,18 @@ def test_shapes_that_do_not_fit_are_refused():
         token_logprobs(torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="temperature"):
         token_logprobs(torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(2, dtype=torch.long), temperature=0.0)
+
+
+def test_rounded_products_are_those_of_rounded_inputs():
+    """bf16 inputs multiplied exactly: the same values as rounding first and computing in float32, in every tile."""
+    hidden, weight, tokens = make_inputs(41, 24, 200, dtype=torch.float32)
+    expected = results(token_logprobs_reference, hidden, weight, tokens, matmul_dtype=torch.bfloat16)
+    got = results(token_logprobs_torch, hidden, weight, tokens, tile=7, matmul_dtype=torch.bfloat16)
+    for a, b in zip(got[:2], expected[:2], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
+    # The gradient of the logits is rounded once more here than in the reference.
+    for a, b in zip(got[2:], expected[2:], strict=True):
+        assert (a - b).norm() / b.norm() < 0.005
+    unrounded = results(token_logprobs_torch, hidden, weight, tokens)
+    assert (got[0] - unrounded[0]).abs().max() > 1e-3
+    assert all(x.dtype == torch.float32 for x in got)
