@@ -425,7 +425,7 @@ def learner(
     steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps of each path.")] = 5,
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
-    """Time the learner on padded batches, packed ones, and with shared prompts. Prints JSON."""
+    """Time stock TRL and the learner on padded batches, packed ones, and with shared prompts. Prints JSON."""
     from kimi_rl.bench.learner import bench_learner
 
     for name, value, known in (("arch", arch, ("hybrid", "mla")), ("mlp", mlp, ("dense", "moe"))):

@@ -63,7 +63,8 @@ def test_learner():
     )  # fmt: skip
     json.dumps(figures)
     paths, shape = figures["paths"], figures["shape"]
-    assert list(paths) == ["padded", "packed", "shared_prompt"]
+    assert list(paths) == ["padded", "packed", "shared_prompt"] and "needs a card" in figures["left_out"]["stock"]
+    assert figures["ratios"]["packed / padded"] == pytest.approx(paths["padded"]["step_s"] / paths["packed"]["step_s"])
     for path in paths.values():
         assert path["grad_norm"] == pytest.approx(paths["padded"]["grad_norm"], rel=1e-3), "all paths do the same work"
         assert path["tokens_per_s"] == pytest.approx(shape["real_tokens"] / path["step_s"])

@@ -1,18 +1,23 @@
-"""`kimi-rl bench learner`: optimizer steps on padded batches, on packed ones, and with shared prompts, in one run."""
+"""`kimi-rl bench learner`: optimizer steps of stock TRL, on padded batches, packed ones and with shared prompts."""
 
 from __future__ import annotations
 
+import functools
+import gc
 import math
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
+import transformers
 from datasets import Dataset
 
 from kimi_rl.errors import InputError
+from kimi_rl.kernels.dispatch import fla_installed
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad
 from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer
@@ -25,6 +30,8 @@ from kimi_rl.tokenizer import build_tokenizer
 
 # `off` leaves TRL's own method in place: the mixin then only calls it.
 PATHS = {"padded": "off", "packed": "packed", "shared_prompt": "shared_prompt"}
+STOCK = "stock"  # transformers' model class and TRL's trainer, both as they are
+NO_STOCK = "transformers calls fla's Triton kernels on any tensor where fla is installed, so this path needs a card"
 SPREAD = 0.6  # standard deviation of the logarithm of completion lengths
 
 
@@ -87,17 +94,19 @@ def bench_learner(
     steps: int = 5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Time optimizer steps (forward, backward, AdamW) of one batch by each path, in turns.
+    """Time optimizer steps (forward, backward, AdamW) of one batch by each path.
 
-    Every path gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand together. The
-    model class is ours throughout, so that padding and packing alone make the difference.
+    Every path gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand together.
+    `stock` is what a user of TRL has: `trl.GRPOTrainer` with its own settings on `transformers.KimiLinearForCausalLM`;
+    on a card alone. The others are our trainer and model, in turns; `padded` differs from `packed` by padding alone.
 
     Returns:
-        `paths`, by name: `step_s` (median over `steps`, after one untimed step), `tokens_per_s` of real tokens (prompts
+        `paths`, by name: `step_s` (median over `steps`, after untimed ones), `tokens_per_s` of real tokens (prompts
         counted once a sample whatever the path), `mfu` (3 forwards of the tokens that must be run, over the measured
-        peak of a matrix product), `grad_norm`, and memory: on a card the allocator's peak, on a CPU the bytes kept for
-        the backward of the largest micro-batch. `ratios` of tokens/s, of the median and of
-        the best steps (other load on the machine only ever adds time); `shape`, `peak_flops`, and the environment.
+        peak of a matrix product), `grad_norm`, `first_step_s` (with what it compiles), and memory: on a card the
+        allocator's peak, weights and optimizer included, on a CPU the bytes kept for the backward of the largest
+        micro-batch. `left_out`: why a path was not run. `ratios` of tokens/s, of the median and of the best steps
+        (other load on the machine only ever adds time), and of memory; `shape`, `peak_flops`, and the environment.
     """
     if micro_batch_size < 1 or groups * group_size % micro_batch_size:
         raise InputError(
@@ -107,7 +116,7 @@ def bench_learner(
     section = ModelSection(size=size, arch=arch, mlp=mlp)
     config = build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     torch.manual_seed(seed)
-    model = KimiLinearForCausalLM(config).to(device)
+    model = KimiLinearForCausalLM(config)
     batch = make_batch(
         groups=groups, group_size=group_size, prompt_tokens=prompt_tokens, mean=mean, longest=longest,
         vocabulary=vocabulary, seed=seed,
@@ -121,51 +130,38 @@ def bench_learner(
         "padded": 3 * sum(cost_of(part, cost, False) for part in samples),
         "shared_prompt": 3 * sum(cost_of(part, cost, True) for part in shared_samples),
     }
-    flops["packed"] = flops["padded"]
+    flops["packed"] = flops[STOCK] = flops["padded"]
     tokens = sum(tokens_of(part, False) for part in samples)
-    on_device = {
-        name: [{k: v.to(device) for k, v in part.items()} for part in parts]
-        for name, parts in (("padded", micro_batches), ("packed", micro_batches), ("shared_prompt", regrouped))
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(model, folder, len(micro_batches), micro_batch_size, group_size, device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-
-        def step(name: str) -> float:
-            """One optimizer step; the norm of its gradient."""
-            trainer.packing = PackingSettings(PATHS[name], pack_tokens)
-            model.train()
-            for part in on_device[name]:
-                trainer.accelerator.backward(trainer.compute_loss(model, part))
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            return float(norm)
-
-        norms, memory, seconds = {}, {}, {name: [] for name in PATHS}
-        for name in PATHS:  # untimed: compiles, fills caches, and measures memory
-            memory[name], norms[name] = _memory(lambda name=name: step(name), model, device)
-        for _ in range(steps):
-            for name in PATHS:
-                start = time.perf_counter()
-                step(name)
-                _finish(device)
-                seconds[name].append(time.perf_counter() - start)
+    batches = {STOCK: micro_batches, "padded": micro_batches, "packed": micro_batches, "shared_prompt": regrouped}
+    run = functools.partial(
+        _timed, batches=batches, pack_tokens=pack_tokens, group_size=group_size, steps=steps, device=device
+    )
+    timings: dict[str, _Timing] = {}
+    if device == "cuda":  # first, and alone on the card: its memory is its own
+        stock = transformers.KimiLinearForCausalLM(config)
+        stock.load_state_dict(model.state_dict())
+        timings |= run(stock, GRPOTrainer, [STOCK])
+        del stock
+        gc.collect()
+        torch.cuda.empty_cache()
+    timings |= run(model, BenchTrainer, list(PATHS))
     peak = matmul_peak(device)
-    best = {name: min(times) for name, times in seconds.items()}
-    middle = {name: median(times) for name, times in seconds.items()}
+    best = {name: min(timing.seconds) for name, timing in timings.items()}
+    middle = {name: median(timing.seconds) for name, timing in timings.items()}
+    memory = {name: timing.memory for name, timing in timings.items()}
     paths = {
         name: {
             "step_s": middle[name],
             "best_step_s": best[name],
+            "first_step_s": timing.first,
             "tokens_per_s": tokens / middle[name],
             "mfu": flops[name] / middle[name] / peak,
             "flops": flops[name],
-            "memory_bytes": memory[name],
-            "grad_norm": norms[name],
-            "all_step_s": seconds[name],
+            "memory_bytes": timing.memory,
+            "grad_norm": timing.grad_norm,
+            "all_step_s": timing.seconds,
         }
-        for name in PATHS
+        for name, timing in timings.items()
     }
     padded_tokens = sum(part["prompt_ids"].numel() + part["completion_ids"].numel() for part in micro_batches)
     return {
@@ -174,6 +170,7 @@ def bench_learner(
                   "parameters": sum(p.numel() for p in model.parameters())},
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
         "precision": "fp32 weights, bf16 autocast" if device == "cuda" else "fp32",
+        "fla_installed": fla_installed(),
         "threads": torch.get_num_threads(),
         "shape": {
             "groups": groups, "group_size": group_size, "micro_batch_size": micro_batch_size,
@@ -185,16 +182,74 @@ def bench_learner(
         "memory_is": "peak allocated" if device == "cuda" else "kept for the backward of the largest micro-batch",
         "peak_flops": peak,
         "paths": paths,
+        "left_out": {} if STOCK in paths else {STOCK: NO_STOCK},
         "ratios": _ratios(middle),
         "ratios_of_best": _ratios(best),
+        "memory_ratios": _ratios(memory),
         "environment": describe_environment(),
     }  # fmt: skip
 
 
-def _ratios(seconds: dict[str, float]) -> dict[str, float]:
-    """How many times as fast the first path of each name is as the second."""
-    pairs = (("packed", "padded"), ("shared_prompt", "padded"), ("shared_prompt", "packed"))
-    return {f"{a} / {b}": seconds[b] / seconds[a] for a, b in pairs}
+@dataclass
+class _Timing:
+    """Of one path: seconds of the first step and of the timed ones, bytes, and the norm of the gradient."""
+
+    first: float
+    memory: int
+    grad_norm: float
+    seconds: list[float] = field(default_factory=list)
+
+
+def _timed(
+    model: torch.nn.Module, trainer_class: type, names: list[str], *, batches: dict[str, list[dict[str, torch.Tensor]]],
+    pack_tokens: int, group_size: int, steps: int, device: str,
+) -> dict[str, _Timing]:  # fmt: skip
+    """Steps of these paths, in turns, by one trainer on one model."""
+    model.to(device)
+    on_device = {name: [{k: v.to(device) for k, v in part.items()} for part in batches[name]] for name in names}
+    count, rows = len(batches[names[0]]), len(batches[names[0]][0]["prompt_ids"])
+    found: dict[str, _Timing] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _trainer(trainer_class, model, folder, count, rows, group_size, device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
+
+        def step(name: str) -> float:
+            """One optimizer step; the norm of its gradient."""
+            if name in PATHS:
+                trainer.packing = PackingSettings(PATHS[name], pack_tokens)
+            model.train()
+            for part in on_device[name]:
+                trainer.accelerator.backward(trainer.compute_loss(model, part))
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            return float(norm)
+
+        for name in names:  # untimed: compiles, fills caches, makes the optimizer's state, and measures memory
+            first, (memory, norm) = _clocked(lambda name=name: _memory(lambda: step(name), model, device), device)
+            found[name] = _Timing(first, memory, norm)
+        if device == "cuda":  # again, with the optimizer's state in place on every path
+            for name in names:
+                found[name].memory, _ = _memory(lambda name=name: step(name), model, device)
+        for _ in range(steps):
+            for name in names:
+                found[name].seconds.append(_clocked(lambda name=name: step(name), device)[0])
+    return found
+
+
+def _clocked(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds of a call, and what it returns."""
+    _finish(device)
+    start = time.perf_counter()
+    result = run()
+    _finish(device)
+    return time.perf_counter() - start, result
+
+
+def _ratios(costs: dict[str, float]) -> dict[str, float]:
+    """What the second path of each name costs over what the first does: how many times as good the first is."""
+    pairs = [(a, b) for a in ("packed", "shared_prompt") for b in (STOCK, "padded")] + [("shared_prompt", "packed")]
+    return {f"{a} / {b}": costs[b] / costs[a] for a, b in pairs if a in costs and b in costs}
 
 
 def _samples(part: dict[str, torch.Tensor]):
@@ -205,7 +260,7 @@ def _samples(part: dict[str, torch.Tensor]):
     )
 
 
-def _trainer(model, folder: str, micro_batches: int, rows: int, group_size: int, device: str) -> BenchTrainer:
+def _trainer(kind: type, model, folder: str, micro_batches: int, rows: int, group_size: int, device: str) -> Any:
     args = GRPOConfig(
         output_dir=folder,
         max_steps=1,
@@ -215,14 +270,14 @@ def _trainer(model, folder: str, micro_batches: int, rows: int, group_size: int,
         num_generations=group_size,
         loss_type="dapo",
         beta=0.0,
-        cast_lm_head_to_fp32=device == "cuda",
+        cast_lm_head_to_fp32=kind is BenchTrainer and device == "cuda",  # as our stage does; TRL's default is not
         gradient_checkpointing=False,
         use_cpu=device == "cpu",
         bf16=device == "cuda",
         report_to="none",
         disable_tqdm=True,
     )
-    trainer = BenchTrainer(
+    trainer = kind(
         model=model,
         args=args,
         reward_funcs=lambda completions, **_: [0.0] * len(completions),

@@ -10,7 +10,8 @@ from kimi_rl.kernels.varlen_attention import (
     varlen_attention_reference,
     varlen_attention_torch,
 )
-from kimi_rl.kernels.varlen_attention.flex import varlen_attention_flex
+from kimi_rl.kernels.varlen_attention.flex import BLOCK, block_tables, padded_length, varlen_attention_flex
+from kimi_rl.kernels.varlen_attention.reference import visible
 
 H, K, V = 2, 24, 16  # q and k are wider than v, as in MLA
 
@@ -62,6 +63,19 @@ def test_the_block_mask_of_flex_attention_says_the_same(layout):
     expected = varlen_attention_reference(*inputs, segments, scale=0.3)
     got = varlen_attention_flex(*inputs, segments, scale=0.3)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[900, 130, 0, 700, 257], [70, 300, 128, 128, 513]])
+def test_tables_of_blocks_say_what_the_rule_says(lengths):
+    segments = segments_of([*lengths, 300, 1, 600, 0, 260], [-1] * 5 + [0, 0, 3, 1, 4])
+    size = padded_length(segments)
+    seen = torch.zeros(size, size, dtype=torch.bool)
+    seen[: segments.length, : segments.length] = visible(segments)
+    padding = size - segments.length
+    seen[-padding:, -padding:] = torch.ones(padding, padding).tril().bool()
+    blocks = seen.unflatten(0, (-1, BLOCK)).unflatten(-1, (-1, BLOCK)).permute(0, 2, 1, 3).flatten(2)
+    some, every = (torch.from_numpy(x) for x in block_tables(segments))
+    assert torch.equal(some, blocks.any(-1)) and torch.equal(every, blocks.all(-1)) and every.any()
 
 
 def test_a_continuation_sees_what_the_whole_sequence_would():
