@@ -132,6 +132,50 @@ def test_fast_allocation_changes_no_token(served, monkeypatch):
     assert not scheduler.kv_cache_manager._kimi_rl_covered, "finished requests are forgotten"
 
 
+LEAN = (SamplingParams(40, temperature=0.0), SamplingParams(40), SamplingParams(30, temperature=0.7, top_p=0.8))
+
+
+@pytest.mark.parametrize("params", LEAN, ids=["greedy", "sampled", "top_p"])
+def test_lean_logprobs_are_vllms_own(served, monkeypatch, params):
+    """Bit by bit: three times as many requests as seats, finishing at different steps, prompts in several parts."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    engine, made = served.engine, []
+    add = engine._llm.generate
+    monkeypatch.setattr(engine._llm, "generate", lambda *a, **k: made.append(add(*a, **k)) or made[-1])
+    update = Scheduler.update_from_output
+    requests = ragged_requests(11, count=20)
+    requests += [Request([20 + n % 50] * n, seed=n) for n in (MAX_LEN - 1, MAX_LEN - 2, MAX_LEN - 3, MAX_LEN - 13)]
+    update.kept = 0
+    quiet = engine.generate(requests, params)
+    kept = update.kept
+    monkeypatch.setenv("KIMI_RL_QUIET_STEPS", "0")
+    lean = engine.generate(requests, params)
+    monkeypatch.setenv("KIMI_RL_LEAN_LOGPROBS", "0")
+    plain = engine.generate(requests, params)
+    assert quiet == lean == plain
+    assert {1, 2, 3, 13} & {len(c.token_ids) for c in lean} >= {1, 2}, "want requests that finish early"
+    # All tokens but the first and the last of each request, and none once switched off.
+    assert update.kept == kept == sum(max(0, len(c.token_ids) - 2) for c in quiet)
+    kinds = [{type(p) for output in outputs for p in output.outputs[0].logprobs} for outputs in made]
+    assert kinds == [{float}, {float}, {dict}], "the switch switches"
+
+
+def test_marked_requests_among_others(served, monkeypatch):
+    """A batch of both kinds: the others get vLLM's objects with ranks, ours floats of the same values."""
+    from vllm import SamplingParams as VLLMSamplingParams
+
+    arguments = served.engine._llm.kimi_rl_host_path.request_arguments(7, greedy=True)
+    monkeypatch.setenv("KIMI_RL_LEAN_LOGPROBS", "0")
+    plain = served.engine._llm.kimi_rl_host_path.request_arguments(7, greedy=True)
+    both = [VLLMSamplingParams(temperature=0.0, max_tokens=6, detokenize=False, **more) for more in (arguments, plain)]
+    outputs = served.engine._llm.generate([{"prompt_token_ids": [20, 30]}] * 2, both, use_tqdm=False)
+    ours, theirs = (output.outputs[0] for output in outputs)
+    assert ours.token_ids == theirs.token_ids
+    steps = [step[token] for token, step in zip(theirs.token_ids, theirs.logprobs, strict=True)]
+    assert ours.logprobs == [step.logprob for step in steps] and {step.rank for step in steps} == {1}
+
+
 def test_samples_depend_on_their_seed_alone(served):
     requests, params = ragged_requests(5), SamplingParams(24)
     together = served.engine.generate(requests, params)

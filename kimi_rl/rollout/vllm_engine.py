@@ -16,7 +16,7 @@ from safetensors import safe_open
 import kimi_rl
 from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
-from kimi_rl.rollout.vllm_plugin import register
+from kimi_rl.rollout.vllm_plugin import register, sampler_front
 from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
 from kimi_rl.rollout.vllm_plugin.layerwise import LayerwiseReload
 from kimi_rl.rollout.vllm_plugin.served import served_tensors
@@ -159,10 +159,11 @@ class VLLMEngine:
                 max_tokens=params.max_tokens,
                 temperature=params.temperature,
                 top_p=params.top_p if params.temperature > 0 else 1.0,
-                seed=_generator_seed(request.seed),
                 stop_token_ids=self._eos_ids,
-                logprobs=0,  # the sampled token's alone
                 detokenize=False,
+                **self._llm.kimi_rl_host_path.request_arguments(
+                    _generator_seed(request.seed), greedy=params.temperature == 0
+                ),
             )
             for request in requests
         ]
@@ -198,7 +199,9 @@ class VLLMEngine:
 
     def _completion(self, output: Any) -> Completion:
         tokens = list(output.token_ids)
-        logprobs = [step[token].logprob for token, step in zip(tokens, output.logprobs, strict=True)]
+        logprobs = list(output.logprobs)
+        if logprobs and not isinstance(logprobs[0], float):  # vLLM's own form
+            logprobs = [step[token].logprob for token, step in zip(tokens, logprobs, strict=True)]
         reason = output.finish_reason if output.finish_reason in ("stop", "length") else "abort"
         return Completion(tokens, logprobs, reason, self.policy_version)
 
@@ -324,7 +327,10 @@ def start_vllm(
     engine_args: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> Any:
-    """`vllm.LLM` on a folder, with what this package decides for every engine. Raises InputError on bad arguments."""
+    """`vllm.LLM` on a folder, with what this package decides for every engine. Raises InputError on bad arguments.
+
+    Its `kimi_rl_host_path` says which requests' log-probs and seeds go which way (see `vllm_plugin/sampler_front.py`).
+    """
     arguments = _arguments(engine_args or {}, max_model_len)
     _make_importable()
 
@@ -333,7 +339,7 @@ def start_vllm(
     register()
     set_num_threads = torch.set_num_threads
     try:
-        return LLM(
+        llm = LLM(
             model=str(folder),
             dtype=dtype,
             max_model_len=max_model_len,
@@ -345,6 +351,8 @@ def start_vllm(
         )
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
+    llm.kimi_rl_host_path = sampler_front.attach(llm)
+    return llm
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
