@@ -68,6 +68,15 @@ def test_narrow_inputs_are_computed_in_float32():
     assert torch.autograd.grad(logps.sum(), narrow)[0].dtype == torch.bfloat16
 
 
+def test_a_backward_inside_autocast_is_that_outside():
+    inputs = make_inputs(20, 16, 50, dtype=torch.float32)
+    expected = results(token_logprobs, *inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = results(token_logprobs, *inputs)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 def test_never_more_than_one_tile_of_logits(monkeypatch):
     """Counted where tensors are made: nothing of tokens x vocabulary elements, forward or backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
