@@ -29,7 +29,12 @@ def kda_gate(raw_g: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) ->
             f"do not fit {heads} heads"
         )
     with torch.autocast(raw_g.device.type, enabled=False):
-        if choose("kda_gate", raw_g, has_fla=False) == "reference":
+        choice = choose("kda_gate", raw_g, has_fla=True)
+        if choice == "fla":
+            from kimi_rl.kernels.kda_gate.triton_gate import kda_gate_triton
+
+            return kda_gate_triton(raw_g, A_log, dt_bias, limits=(MAX_PREACTIVATION, MAX_A_LOG))
+        if choice == "reference":
             return kda_gate_reference(raw_g, A_log, dt_bias)
         dtype = compute_dtype(raw_g, A_log, dt_bias)
         x = (raw_g.to(dtype) + dt_bias.to(dtype).reshape(-1)).clamp(max=MAX_PREACTIVATION)

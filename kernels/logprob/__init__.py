@@ -34,8 +34,11 @@ def token_logprobs(
         )
     if not temperature > 0:
         raise ValueError(f"token_logprobs: temperature must be above 0, found {temperature}")
-    reference = choose("logprob", hidden, has_fla=False) == "reference"
-    run = token_logprobs_reference if reference else token_logprobs_torch
+    choice = choose("logprob", hidden, has_fla=weight.dtype != torch.float64)
+    if choice == "fla":
+        from kimi_rl.kernels.logprob.triton_rows import token_logprobs_triton as run
+    else:
+        run = token_logprobs_reference if choice == "reference" else token_logprobs_torch
     with torch.autocast(hidden.device.type, enabled=False):
         return run(
             hidden, weight, tokens, temperature=temperature, with_entropy=with_entropy, matmul_dtype=matmul_dtype

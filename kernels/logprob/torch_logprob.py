@@ -73,6 +73,11 @@ class _TokenLogprobs(torch.autograd.Function):
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 5
 
 
+def default_tile(weight: torch.Tensor) -> int:
+    """Tokens at once against a head [V, D]."""
+    return max(1, TILE_ELEMENTS.get(weight.device.type, 1 << 22) // weight.shape[0])
+
+
 def tiles(count: int, tile: int) -> list[slice]:
     return [slice(start, min(start + tile, count)) for start in range(0, count, tile)]
 
@@ -88,6 +93,5 @@ def token_logprobs_torch(
     tile: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Same signature and shapes as `token_logprobs`. `tile`: tokens at once; unset: by the size of the vocabulary."""
-    if tile is None:
-        tile = max(1, TILE_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
+    tile = default_tile(weight) if tile is None else tile
     return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy, matmul_dtype)

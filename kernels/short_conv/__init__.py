@@ -27,8 +27,8 @@ def short_conv(
     dtype, and the last W-1 inputs of every sequence [N, C, W-1] or None. Products are accumulated in the
     wider of x's and weight's dtype.
 
-    Written as W shifted multiply-adds: no transpose to channels-first, and on a CPU several times faster than
-    `F.conv1d(groups=C)`, whose backward is slow for so narrow a kernel.
+    On an NVIDIA card Triton kernels; elsewhere W shifted multiply-adds: no transpose to channels-first, and on a CPU
+    several times faster than `F.conv1d(groups=C)`, whose backward is slow for so narrow a kernel.
     """
     if activation not in ("silu", None):
         raise ValueError(f"short_conv: activation must be 'silu' or None, found {activation!r}")
@@ -38,7 +38,12 @@ def short_conv(
         "cu_seqlens": cu_seqlens,
     }
     with torch.autocast(x.device.type, enabled=False):
-        if choose("short_conv", x, has_fla=False) == "reference":
+        choice = choose("short_conv", x, has_fla=True)
+        if choice == "fla":
+            from kimi_rl.kernels.short_conv.triton_conv import short_conv_triton
+
+            return short_conv_triton(x, weight, **args, activation=activation)
+        if choice == "reference":
             return short_conv_reference(x, weight, **args, activation=activation)
         return _short_conv_torch(x, weight, **args, activation=activation)
 

@@ -10,6 +10,7 @@
 - `scored_tokens`: log-probs and entropies of given tokens, without the logits of any other;
 - under autocast the embedding, the norms' weights and the head too are rounded to autocast's dtype, as in the engine
   that serves them (see `as_served`);
+- on a card, norms, the gated norm and the middle of the feed-forward layers each in one kernel, rounded once;
 - `A_log`, `dt_bias`, the convolution and the router's bias stay in float32 whatever dtype the rest has, as in
   vLLM.
 
@@ -26,14 +27,16 @@ import torch
 from transformers.models.kimi_linear import modeling_kimi_linear as hf
 from transformers.utils import ModelOutput
 
-from kimi_rl.kernels.dispatch import compute_dtype
+from kimi_rl.kernels.dispatch import choose, compute_dtype
 from kimi_rl.kernels.kda_chunk import kda_chunk
 from kimi_rl.kernels.kda_decode import kda_decode
 from kimi_rl.kernels.kda_gate import kda_gate
 from kimi_rl.kernels.kda_step import kda_step
 from kimi_rl.kernels.logprob import token_logprobs
+from kimi_rl.kernels.rms_norm import rms_norm
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.short_conv import short_conv
+from kimi_rl.kernels.swiglu import swiglu
 from kimi_rl.kernels.varlen_attention import varlen_attention
 
 # `KIMI_RL_FUSED_DECODE=1`: a KDA layer decodes in one kernel. Off unless asked for: not yet measured on a card.
@@ -68,18 +71,52 @@ class Embedding(torch.nn.Embedding):
 
 
 class RMSNorm(hf.KimiLinearRMSNorm):
+    """transformers' norm with the weight as served; on a card one kernel each way."""
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        weight = as_served(self.weight)
+        if choose("rms_norm", hidden_states, has_fla=True) == "fla":
+            dtype = self._dtype_on_card(hidden_states, weight)
+            return rms_norm(hidden_states, weight, self.variance_epsilon, out_dtype=dtype)
         states = hidden_states.to(compute_dtype(hidden_states))
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return as_served(self.weight) * states.to(hidden_states.dtype)
+        return weight * states.to(hidden_states.dtype)
+
+    def _dtype_on_card(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+        return torch.promote_types(hidden_states.dtype, weight.dtype)
+
+
+class NormBeforeLinear(RMSNorm):
+    """A norm whose output only linear layers read: under autocast on a card it comes in the dtype they would cast to.
+
+    Each of them (a KDA layer has six) would otherwise cast it again, and cast its gradient back.
+    """
+
+    def _dtype_on_card(self, hidden_states: torch.Tensor, weight: torch.Tensor) -> torch.dtype:
+        return served_dtype(hidden_states.device.type) or super()._dtype_on_card(hidden_states, weight)
 
 
 class RMSNormGated(hf.KimiLinearRMSNormGated):
+    """transformers' gated norm with the weight as served; on a card one kernel each way."""
+
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        weight = as_served(self.weight)
+        if choose("rms_norm", hidden_states, has_fla=True) == "fla":
+            return rms_norm(hidden_states, weight, self.variance_epsilon, gate=gate)
         states = hidden_states.to(compute_dtype(hidden_states))
         states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        states = as_served(self.weight).to(states.dtype) * states * gate.to(states.dtype).sigmoid()
+        states = weight.to(states.dtype) * states * gate.to(states.dtype).sigmoid()
         return states.to(hidden_states.dtype)
+
+
+class MLP(hf.KimiLinearMLP):
+    """transformers' feed-forward layer; on a card its middle is one kernel each way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.config.hidden_act == "silu" and choose("swiglu", gate, has_fla=True) == "fla":
+            return self.down_proj(swiglu(gate, up))
+        return self.down_proj(self.act_fn(gate) * up)
 
 
 class ForgetGate(hf.KimiLinearForgetGate):
@@ -247,7 +284,19 @@ _REPLACEMENTS = {
     hf.KimiLinearForgetGate: ForgetGate,
     hf.KimiLinearDeltaAttention: DeltaAttention,
     hf.KimiLinearAttention: LatentAttention,
+    hf.KimiLinearMLP: MLP,
 }
+
+
+def _before_linear(model: hf.KimiLinearForCausalLM):
+    """The norms whose output only linear layers read: not the last, nor those in front of a router."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        norms = [layer.input_layernorm, getattr(attention, "q_a_layernorm", None)]
+        norms.append(getattr(attention, "kv_a_layernorm", None))
+        if isinstance(layer.mlp, hf.KimiLinearMLP):
+            norms.append(layer.post_attention_layernorm)
+        yield from (norm for norm in norms if norm is not None)
 
 
 @dataclass
@@ -269,6 +318,8 @@ class KimiLinearForCausalLM(hf.KimiLinearForCausalLM):
         for module in self.modules():
             # The subclasses add no parameter and no attribute, only another `forward`.
             module.__class__ = _REPLACEMENTS.get(type(module), type(module))
+        for norm in _before_linear(self):
+            norm.__class__ = NormBeforeLinear
 
     def forward(
         self,

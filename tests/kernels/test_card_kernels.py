@@ -1,0 +1,164 @@
+"""The learner's Triton kernels, interpreted on the CPU, against their plain forms: values and gradients."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+PREAMBLE = """
+import torch
+torch.manual_seed(SEED)
+
+def draw(*shape, dtype=torch.float32):
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+def results(form, inputs, **options):
+    outputs = [x for x in form(*inputs, **options) if x is not None]
+    weights = [torch.linspace(-1, 1, x.numel()).reshape(x.shape) for x in outputs]
+    loss = sum((x.float() * w).sum() for x, w in zip(outputs, weights))
+    return outputs + list(torch.autograd.grad(loss, [x for x in inputs if x.requires_grad]))
+
+def compare(form, plain, inputs, rtol=2e-5, atol=2e-5, **options):
+    for a, b in zip(results(form, inputs, **options), results(plain, inputs, **options), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape, (a.dtype, b.dtype, a.shape, b.shape)
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+"""
+
+CASES = {
+    "rms_norm": """
+        from kimi_rl.kernels.rms_norm import rms_norm_reference
+        from kimi_rl.kernels.rms_norm.triton_norm import rms_norm_triton
+        def both(form):
+            return lambda x, w, *gate, **o: [form(x, w, 1e-5, gate=gate[0] if gate else None, **o)]
+        ours, plain = both(rms_norm_triton), both(rms_norm_reference)
+        compare(ours, plain, [draw(7, 3, 6), draw(6)])
+        compare(ours, plain, [draw(3000, 24), draw(24), draw(3000, 24)])
+        compare(ours, plain, [draw(5, 40), draw(40)], rtol=1e-2, atol=1e-2, out_dtype=torch.bfloat16)
+        compare(ours, plain, [draw(9, 8, dtype=torch.bfloat16), draw(8), draw(9, 8, dtype=torch.bfloat16)],
+                rtol=2e-2, atol=2e-2)
+    """,
+    "swiglu": """
+        from kimi_rl.kernels.swiglu import swiglu_reference
+        from kimi_rl.kernels.swiglu.triton_swiglu import swiglu_triton
+        both = lambda form: lambda a, b: [form(a, b)]
+        compare(both(swiglu_triton), both(swiglu_reference), [draw(3, 50), draw(3, 50)])
+        compare(both(swiglu_triton), both(swiglu_reference), [draw(90, 80).detach().T.requires_grad_(), draw(80, 90)])
+    """,
+    "kda_gate": """
+        from kimi_rl.kernels.kda_gate import MAX_A_LOG, MAX_PREACTIVATION, kda_gate
+        from kimi_rl.kernels.kda_gate.triton_gate import kda_gate_triton
+        def ours(*args):
+            return [kda_gate_triton(*args, limits=(MAX_PREACTIVATION, MAX_A_LOG))]
+        plain = lambda *args: [kda_gate(*args)]
+        compare(ours, plain, [draw(2, 5, 12), draw(1, 1, 2, 1), draw(12)])
+        wide = (20 * torch.randn(700, 40)).requires_grad_()
+        for a, b in zip(*(results(f, [wide, *rest]) for rest in [(draw(5), draw(40))] for f in (ours, plain))):
+            assert float((a - b).norm() / b.norm()) < 5e-5
+        small = torch.tensor([[-80.0, -20.0, -6.9, -1e-3, 0.0, 19.0, 21.0, 90.0]]).requires_grad_()
+        exact = -torch.nn.functional.softplus(small.detach().double()).float()
+        found = ours(small, torch.zeros(1), torch.zeros(8))[0].flatten(1)
+        torch.testing.assert_close(found, exact, rtol=1e-6, atol=0)
+        extreme = torch.tensor([[-1e30, 1e30, 3e38, 5.0]]).requires_grad_()
+        for a_log in (60.0, -200.0, 5.0):
+            inputs = [extreme, torch.full((1,), a_log, requires_grad=True), torch.zeros(4, requires_grad=True)]
+            g = ours(*inputs)[0]
+            grads = torch.autograd.grad(g.clamp(min=-100).sum(), inputs)
+            assert all(torch.isfinite(x).all() for x in (g, *grads)), (g, grads)
+    """,
+    "short_conv": """
+        from kimi_rl.kernels.short_conv import short_conv_reference
+        from kimi_rl.kernels.short_conv.triton_conv import short_conv_triton
+        lengths = [1, 0, 2, 70, 3, 33]
+        cu = torch.tensor([0, *lengths]).cumsum(0)
+        def both(form):
+            return lambda x, w, *state, **o: form(x, w, initial_state=state[0] if state else None, **o)
+        ours, plain = both(short_conv_triton), both(short_conv_reference)
+        for width in (2, 4):
+            state = draw(6, 5, width - 1)
+            for options in ({"cu_seqlens": cu}, {"cu_seqlens": cu, "output_final_state": True, "activation": None}):
+                compare(ours, plain, [draw(1, sum(lengths), 5), draw(5, width)], **options)
+            compare(ours, plain, [draw(1, sum(lengths), 5), draw(5, width), state], cu_seqlens=cu,
+                    output_final_state=True)
+        compare(ours, plain, [draw(3, 37, 130), draw(130, 4), draw(3, 130, 3)], output_final_state=True)
+        compare(ours, plain, [draw(3, 37, 5, dtype=torch.bfloat16), draw(5, 4)], rtol=3e-2, atol=3e-2)
+        a = torch.randn(1, sum(lengths), 5)
+        b = a.clone(); b[:, 3:73] += 1.0
+        one, other = (short_conv_triton(x, torch.ones(5, 4), cu_seqlens=cu)[0] for x in (a, b))
+        difference = one - other
+        assert float(difference[:, 73:].abs().max()) == 0.0 and float(difference[:, :73].abs().max()) > 0
+    """,
+    "logprob": """
+        from kimi_rl.kernels.logprob import token_logprobs_reference
+        from kimi_rl.kernels.logprob.triton_rows import token_logprobs_triton
+        for vocabulary, temperature, entropy in ((300, 1.0, True), (9000, 0.7, True), (41, 1.3, False)):
+            inputs = [draw(7, 24), draw(vocabulary, 24)]
+            tokens = torch.randint(vocabulary, (7,))
+            options = {"temperature": temperature, "with_entropy": entropy}
+            ours = results(lambda h, w: token_logprobs_triton(h, w, tokens, tile=3, **options), inputs)
+            plain = results(lambda h, w: token_logprobs_reference(h, w, tokens, **options), inputs)
+            for a, b in zip(ours, plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+            options["matmul_dtype"] = torch.bfloat16
+            ours = results(lambda h, w: token_logprobs_triton(h, w, tokens, tile=3, **options), inputs)
+            plain = results(lambda h, w: token_logprobs_reference(h, w, tokens, **options), inputs)
+            for a, b in zip(ours, plain, strict=True):
+                assert float((a - b).norm() / b.norm()) < 0.01
+        only = [draw(4, 8), draw(50, 8)]
+        entropies = lambda form: lambda h, w: [form(h, w)[1]]
+        tokens = torch.randint(50, (4,))
+        a = results(entropies(lambda h, w: token_logprobs_triton(h, w, tokens, tile=4)), only)
+        b = results(entropies(lambda h, w: token_logprobs_reference(h, w, tokens)), only)
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
+    """,
+    "model": """
+        import random
+        from kimi_rl.kernels import kda_gate, logprob, rms_norm, short_conv, swiglu
+        from kimi_rl.model import modeling
+        from test_packed_logps import batch, make_model, packed_scores
+        random.seed(SEED)
+        model, rows = make_model(), batch()
+
+        def scores(autocast):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                found = packed_scores(model, *rows, "shared_prompt")
+            logps = torch.cat([a for a, _ in found])
+            loss = (logps * torch.linspace(-1, 1, len(logps))).sum() + sum(b.sum() for _, b in found)
+            return [logps, *torch.autograd.grad(loss, list(model.parameters()))]
+
+        plain = {autocast: scores(autocast) for autocast in (False, True)}
+        seen, real = set(), modeling.choose
+        def choose(kernel, tensor, **has):
+            seen.add(kernel)
+            return "fla"
+        for module in (kda_gate, logprob, rms_norm, short_conv, swiglu, modeling):
+            module.choose = choose
+        for autocast, tolerance in ((False, 1e-4), (True, 0.25)):  # in bf16 the plain forms round more often
+            errors = []
+            for a, b in zip(scores(autocast), plain[autocast], strict=True):
+                assert a.dtype == b.dtype
+                errors.append(float((a - b).norm() / b.norm()))
+            assert errors[0] < tolerance / 10 and max(errors) < tolerance, (autocast, errors)
+        assert seen == {"kda_gate", "logprob", "rms_norm", "short_conv", "swiglu"}, seen
+    """,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_triton_form_in_the_interpreter(case, seed):
+    pytest.importorskip("triton")
+    code = (PREAMBLE + textwrap.dedent(CASES[case])).replace("SEED", str(seed)) + "\nprint('checked')"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.stdout.strip().endswith("checked"), run.stderr[-2500:]
