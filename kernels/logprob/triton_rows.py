@@ -112,6 +112,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_logps, d_entropies):
+        # A backward inside autocast would multiply in its dtype.
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            return _TokenLogprobs._backward(ctx, d_logps, d_entropies)
+
+    @staticmethod
+    def _backward(ctx, d_logps, d_entropies):
         hidden, weight, tokens, log_z, entropies = ctx.saved_tensors
         if d_logps is None and d_entropies is None:
             return (None,) * 7
