@@ -1,7 +1,9 @@
 """One decoding step of a KDA layer in one launch (Triton).
 
-A program takes one head of one sequence. Its state, V x K float32 (64 KiB at 128 x 128), is read once, stays in
-registers and is written once; all else is small beside it. So the floor is the time of moving the states.
+A program takes one head of one sequence. Its state, V x K float32 (64 KiB at 128 x 128), is read once and written
+once; all else is small beside it. So the floor is the time of moving the states. A program goes through its state in
+pieces of a few rows, so that it needs few registers and many programs share a processor: some read while others write.
+The next piece is on its way while one is worked on.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ def _step_kernel(
     stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight,
     stride_state_slot, stride_state_head, stride_state_v, stride_state_k,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, PREFETCH: tl.constexpr,
     LENGTH: tl.constexpr, LENGTH_BLOCK: tl.constexpr, WIDTH: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // HEADS).to(tl.int64)
@@ -66,16 +69,17 @@ def _step_kernel(
         tl.store(out_place, tl.zeros([V_BLOCK], dtype=out_ptr.dtype.element_ty), mask=real_v)
         return
 
-    # The state first: its load is long, and all that follows until its use hides behind it.
+    # The first piece of the state first: its load is long, and all that follows until its use hides behind it.
+    PIECES: tl.constexpr = V_BLOCK // ROWS
+    piece_rows = tl.arange(0, ROWS)
     state_place = (
         state_ptr
         + slot * stride_state_slot
         + head * stride_state_head
-        + over_v[:, None] * stride_state_v
+        + piece_rows[:, None] * stride_state_v
         + over_k[None, :] * stride_state_k
     )
-    real_state = real_v[:, None] & real_k[None, :]
-    state = tl.load(state_place, mask=real_state, other=0.0)
+    state = tl.load(state_place, mask=(piece_rows < V)[:, None] & real_k[None, :], other=0.0)
 
     q, q_moved, q_place, q_mask = _convolved(
         q_ptr, conv_state_ptr, conv_weight_ptr, row, slot, head * K, head * K, K, K_BLOCK,
@@ -103,23 +107,47 @@ def _step_kernel(
     decay = tl.exp(-tl.exp(tl.load(a_log_ptr + head).to(tl.float32)) * softplus)
     beta = tl.sigmoid(tl.load(beta_ptr + row * stride_beta + head).to(tl.float32))
 
-    state = state * decay[None, :]
-    error = (v - tl.sum(state * k[None, :], axis=1)) * beta
-    state = state + error[:, None] * k[None, :]
-    tl.store(state_place, state, mask=real_state)
+    which = tl.arange(0, PIECES)[:, None]
+    v_pieces = tl.reshape(v, [PIECES, ROWS])
+    o_pieces = tl.zeros([PIECES, ROWS], dtype=tl.float32)
+    for piece in range(PIECES):
+        place = state_place + piece * ROWS * stride_state_v
+        real_state = (piece * ROWS + piece_rows < V)[:, None] & real_k[None, :]
+        if PREFETCH:
+            real_next = ((piece + 1) * ROWS + piece_rows < V)[:, None] & real_k[None, :]
+            following = tl.load(place + ROWS * stride_state_v, mask=real_next, other=0.0)
+        elif piece > 0:
+            state = tl.load(place, mask=real_state, other=0.0)
+        v_piece = tl.sum(tl.where(which == piece, v_pieces, 0.0), axis=0)
+        state = state * decay[None, :]
+        error = (v_piece - tl.sum(state * k[None, :], axis=1)) * beta
+        state = state + error[:, None] * k[None, :]
+        tl.store(place, state, mask=real_state)
+        o_piece = tl.sum(state * q[None, :], axis=1)
+        o_pieces = tl.where(which == piece, o_piece[None, :], o_pieces)
+        if PREFETCH:
+            state = following
 
-    o = tl.sum(state * q[None, :], axis=1)
+    o = tl.reshape(o_pieces, [V_BLOCK])
     o = o * tl.rsqrt(tl.sum(tl.where(real_v, o * o, 0.0), axis=0) / V + eps)
     o = o * tl.load(norm_weight_ptr + over_v, mask=real_v, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + row * stride_gate + head * V + over_v, mask=real_v, other=0.0).to(tl.float32)
     tl.store(out_place, (o * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty), mask=real_v)
 
 
+# Rows of the state in one piece, whether the next piece is read ahead, and warps of a program.
+LAUNCH = (16, True, 1)
+
+
 def kda_step_triton(
     q, k, v, raw_g, raw_beta, out_gate, conv_state, state, *,
     conv_weight, A_log, dt_bias, norm_weight, eps: float, slots=None, scale: float | None = None,
+    launch: tuple[int, bool, int] | None = None,
 ):  # fmt: skip
-    """Same signature and shapes as `kda_step`. The host reads no tensor, so a CUDA graph can hold it."""
+    """Same signature and shapes as `kda_step`. The host reads no tensor, so a CUDA graph can hold it.
+
+    `launch` as `LAUNCH`.
+    """
     heads, value_dim = A_log.numel(), norm_weight.numel()
     key_dim, width, length = k.shape[-1] // heads, conv_weight.shape[-1], conv_state.shape[-1]
     if state.dtype != torch.float32:
@@ -129,6 +157,7 @@ def kda_step_triton(
     rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, raw_g, raw_beta, out_gate)]
     conv_weight = conv_weight if conv_weight.stride(-1) == 1 else conv_weight.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    rows_of_piece, prefetch, warps = launch or LAUNCH
     blocks = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     _step_kernel[(q.shape[0] * heads,)](
         *rows, conv_state, state, out,
@@ -136,7 +165,8 @@ def kda_step_triton(
         key_dim**-0.5 if scale is None else scale, eps,
         *(x.stride(0) for x in rows), out.stride(0), *conv_state.stride(), conv_weight.stride(0), *state.stride(),
         HEADS=heads, K=key_dim, V=value_dim, K_BLOCK=blocks[0], V_BLOCK=blocks[1],
+        ROWS=min(rows_of_piece, blocks[1]), PREFETCH=prefetch,
         LENGTH=length, LENGTH_BLOCK=triton.next_power_of_2(length), WIDTH=width, HAS_SLOTS=slots is not None,
-        num_warps=max(1, min(8, blocks[0] * blocks[1] // 2048)),
+        num_warps=warps,
     )  # fmt: skip
     return out

@@ -1,13 +1,14 @@
 """`kimi-rl bench decode --op`: a KDA layer's work on one token, from its projections to `o_proj`, kernel by kernel.
 
 Forms, all in one run, beside the floor (every state read and written once, at the copy rate measured in the same run):
-`parts`, the kernels one after another as the model runs them; `fused`, `kernels/kda_step`; `recurrence`, fla's
-`fused_recurrent_kda` alone (on a card). On a card each form is timed as a CUDA graph, over several sets of inputs that
-together are larger than the cache; on a CPU `fused` is its plain form.
+`parts`, the kernels one after another as the model runs them; `fused`, `kernels/kda_step`. On a card also `recurrence`,
+fla's `fused_recurrent_kda` alone, and `vllm`, its own alone where it is installed; each form is then timed as a CUDA
+graph, over several sets of inputs that together are larger than the cache. On a CPU `fused` is its plain form.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from statistics import median
@@ -70,6 +71,19 @@ class LayerInputs:
         g = self.raw_g.float().unflatten(-1, (self.heads, -1)).clamp(max=0)
         return kda_decode(q, k, v, g, self.raw_beta.float().sigmoid(), self.state)[0]
 
+    def vllm(self) -> torch.Tensor:
+        """The recurrence as vLLM's layer calls it: batch along one packed row, states in place by slot."""
+        from vllm.third_party.flash_linear_attention.ops.kda import fused_recurrent_kda
+
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).unsqueeze(0) for x in self.qkv.split(self.width, dim=-1))
+        g = self.raw_g.float().unflatten(-1, (self.heads, -1)).clamp(max=0).unsqueeze(0)
+        batch = self.qkv.shape[0]
+        return fused_recurrent_kda(
+            q=q, k=k, v=v, g=g, beta=self.raw_beta.float().sigmoid().unsqueeze(0), initial_state=self.state,
+            cu_seqlens=torch.arange(batch + 1, device=q.device, dtype=torch.int32),
+            ssm_state_indices=torch.arange(batch, device=q.device, dtype=torch.int32),
+        )[0]  # fmt: skip
+
 
 def bench_decode_op(
     batches: Sequence[int],
@@ -92,7 +106,7 @@ def bench_decode_op(
             sets = [LayerInputs(batch, heads, dim, device, dtype, seed + n) for n in range(count)]
             row = {"batch": batch, "state_bytes": moved // 2, "floor_s": moved / bandwidth}
             row["error_ratio"] = _error_ratio(LayerInputs(batch, heads, dim, device, dtype, seed))
-            for name in ("parts", "fused", *(["recurrence"] if device == "cuda" else [])):
+            for name in ("parts", "fused", *_on_a_card(device)):
                 run = LayerInputs.step if name == "fused" else getattr(LayerInputs, name)
                 total = _seconds(lambda run=run, sets=sets: [run(one) for one in sets], repeats, device)
                 row[f"{name}_s"] = total / count
@@ -107,6 +121,19 @@ def bench_decode_op(
         "rows": rows,
         "environment": describe_environment(),
     }
+
+
+def _on_a_card(device: str) -> list[str]:
+    if device != "cuda":
+        return []
+    return ["recurrence", *(["vllm"] if _has_vllm_kernels() else [])]
+
+
+def _has_vllm_kernels() -> bool:
+    """Whether a vLLM is installed that keeps fla's kernels where 0.26 does."""
+    if importlib.util.find_spec("vllm") is None:
+        return False
+    return importlib.util.find_spec("vllm.third_party.flash_linear_attention") is not None
 
 
 def _error_ratio(inputs: LayerInputs) -> float:
