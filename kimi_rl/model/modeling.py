@@ -33,6 +33,7 @@ from kimi_rl.kernels.kda_decode import kda_decode
 from kimi_rl.kernels.kda_gate import kda_gate
 from kimi_rl.kernels.kda_step import kda_step
 from kimi_rl.kernels.logprob import token_logprobs
+from kimi_rl.kernels.product import wide_product
 from kimi_rl.kernels.rms_norm import rms_norm
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.short_conv import short_conv
@@ -145,7 +146,9 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
         batch, length = hidden_states.shape[:2]
         heads = (batch, length, self.num_heads, self.head_dim)
         if segments is None and length == 1 and self._decodes_fused(cache_params):
-            return self.o_proj(self._step(hidden_states[:, 0], cache_params.layers[self.layer_idx])).unsqueeze(1)
+            cached = cache_params.layers[self.layer_idx]
+            step = self.step(hidden_states[:, 0], cached.conv_states[0], cached.recurrent_states[0])
+            return self.o_proj(step).unsqueeze(1)
 
         qkv = torch.cat(
             [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
@@ -199,8 +202,11 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
             and not torch.is_grad_enabled()
         )
 
-    def _step(self, hidden: torch.Tensor, layer) -> torch.Tensor:
-        """One token, hidden [B, D], from and into the layer's cache: the input of `o_proj` [B, H*V]."""
+    def step(self, hidden: torch.Tensor, conv_state: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """One token, hidden [B, D]: the input of `o_proj` [B, H*V]. Moves conv_state [B, C, W] and state [B, H, K, V].
+
+        No gradient, and no tensor that the host reads.
+        """
         gate = self.forget_gate
         return kda_step(
             self.q_proj(hidden),
@@ -209,12 +215,12 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
             gate.f_b_proj(gate.f_a_proj(hidden)),
             self.b_proj(hidden),
             self.g_b_proj(self.g_a_proj(hidden)),
-            layer.conv_states[0],
-            layer.recurrent_states[0].transpose(-1, -2),
+            conv_state,
+            state.transpose(-1, -2),
             conv_weight=self.conv1d.weight.squeeze(1),
             A_log=gate.A_log,
             dt_bias=gate.dt_bias,
-            norm_weight=self.o_norm.weight,
+            norm_weight=as_served(self.o_norm.weight),
             eps=self.o_norm.variance_epsilon,
         )
 
@@ -261,20 +267,49 @@ class LatentAttention(hf.KimiLinearAttention):
         if segments is None:
             return super().forward(hidden_states, attention_mask, past_key_values=past_key_values, **kwargs)
         length = hidden_states.shape[1]
-        if self.q_lora_rank is None:
-            q = self.q_proj(hidden_states)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q, latent, shared_key = self._projected(hidden_states)
         q = q.view(length, self.num_heads, self.qk_head_dim)
-        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(
-            [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
-        )
-        latent = self.kv_a_layernorm(latent)
         k, v = self.expand_kv(latent.unsqueeze(1), shared_key.unsqueeze(1))  # [1, H, T, .]
         dropout = self.attention_dropout if self.training else 0.0
         k, v = k[0].transpose(0, 1), v[0].transpose(0, 1)
         o = varlen_attention(q, k, v, segments, scale=self.scaling, dropout=dropout)
         return self.o_proj(o.reshape(1, length, -1)), None
+
+    def _projected(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[..., D] -> queries of all heads, the normed latent, and the part of the keys that heads share."""
+        if self.q_lora_rank is None:
+            q = self.q_proj(hidden_states)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        sizes = [self.kv_lora_rank, self.qk_rope_head_dim]
+        latent, shared_key = self.kv_a_proj_with_mqa(hidden_states).split(sizes, dim=-1)
+        return q, self.kv_a_layernorm(latent), shared_key
+
+    def step(
+        self, hidden: torch.Tensor, latents: torch.Tensor, place: torch.Tensor, hidden_places: torch.Tensor
+    ) -> torch.Tensor:
+        """One token, hidden [B, D] -> [B, D], which goes to `place` int64 [1] of latents [B, room, R + P].
+
+        Queries and outputs pass through the latents' space, so that keys and values are never made ("absorbed").
+        hidden_places float32 [B, 1, room]: 0 where a query may look, -inf elsewhere. No tensor is read by the host.
+        """
+        q, latent, shared_key = self._projected(hidden)
+        latents.index_copy_(1, place, torch.cat([latent, shared_key], dim=-1).unsqueeze(1).to(latents.dtype))
+        dtype = latents.dtype
+        with torch.autocast(hidden.device.type, enabled=False):
+            up = self.kv_b_proj.weight.to(dtype).view(self.num_heads, -1, self.kv_lora_rank)
+            to_keys, to_values = up.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+            q_nope, q_shared = (
+                q.to(dtype).view(-1, self.num_heads, self.qk_head_dim).split(
+                    [self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1
+                )
+            )  # fmt: skip
+            q = torch.cat([torch.bmm(q_nope.transpose(0, 1), to_keys).transpose(0, 1), q_shared], dim=-1)
+            scores = wide_product(q, latents.transpose(1, 2), compute_dtype(q)) * self.scaling + hidden_places
+            weights = scores.softmax(-1).to(dtype)
+            mixed = torch.bmm(weights, latents[..., : self.kv_lora_rank])  # [B, H, R]
+            o = torch.bmm(mixed.transpose(0, 1), to_values.transpose(1, 2)).transpose(0, 1)
+        return self.o_proj(o.reshape(len(hidden), -1))
 
 
 _REPLACEMENTS = {
