@@ -59,6 +59,23 @@ def test_the_exercise_goes_through_every_kernel_and_leaves_no_trace(monkeypatch,
     assert ("kda_chunk", True, True) in seen or mode == "packed"
 
 
+def test_the_exercise_grows_to_the_tokens_asked_for():
+    shapes = []
+
+    class Stop(Exception):
+        pass
+
+    def score(model, ids, mask, right, **options):
+        shapes.append(int(mask.sum()))
+        raise Stop
+
+    trainer = types.SimpleNamespace(model=make_model(), _get_per_token_logps_and_entropies=score)
+    for tokens in (0, 5000):
+        with pytest.raises(Stop):
+            exercise(trainer, tokens)
+    assert shapes[0] == 2 * (70 + 33 + 150 + 90) and 4000 < shapes[1] <= 5000
+
+
 def test_on_a_cpu_nothing_is_run_or_said():
     def never(*args):
         raise AssertionError("must not be called")
