@@ -19,7 +19,7 @@ def _convolved(
     stride_new, stride_slot, stride_channel, stride_time, stride_weight,
     LENGTH: tl.constexpr, LENGTH_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the convolution of one head's channels [BLOCK], and the conv state as it will be [BLOCK, LENGTH_BLOCK].
+    """SiLU of the convolution of one head's channels [BLOCK]. Moves their conv state on.
 
     `channel`: the first of the head's channels among all; `first`: among those of `new_ptr`.
     """
@@ -41,7 +41,10 @@ def _convolved(
     # The state moves on by one: read again, one later, rather than moved between threads.
     moved = tl.load(place + stride_time, mask=real[:, None] & (time < LENGTH - 1)[None, :], other=0.0).to(tl.float32)
     moved = tl.where((time == LENGTH - 1)[None, :], new[:, None], moved)
-    return y * tl.sigmoid(y), moved, place, real[:, None] & (time < LENGTH)[None, :]
+    # Small rows lie in several warps at once: none may store before all have read.
+    tl.debug_barrier()
+    tl.store(place, moved.to(conv_state_ptr.dtype.element_ty), mask=real[:, None] & (time < LENGTH)[None, :])
+    return y * tl.sigmoid(y)
 
 
 @triton.jit
@@ -81,23 +84,18 @@ def _step_kernel(
     )
     state = tl.load(state_place, mask=(piece_rows < V)[:, None] & real_k[None, :], other=0.0)
 
-    q, q_moved, q_place, q_mask = _convolved(
+    q = _convolved(
         q_ptr, conv_state_ptr, conv_weight_ptr, row, slot, head * K, head * K, K, K_BLOCK,
         stride_q, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
     )  # fmt: skip
-    k, k_moved, k_place, k_mask = _convolved(
+    k = _convolved(
         k_ptr, conv_state_ptr, conv_weight_ptr, row, slot, (HEADS + head) * K, head * K, K, K_BLOCK,
         stride_k, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
     )  # fmt: skip
-    v, v_moved, v_place, v_mask = _convolved(
+    v = _convolved(
         v_ptr, conv_state_ptr, conv_weight_ptr, row, slot, 2 * HEADS * K + head * V, head * V, V, V_BLOCK,
         stride_v, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
     )  # fmt: skip
-    # Small rows lie in several warps at once: none may store before all have read.
-    tl.debug_barrier()
-    tl.store(q_place, q_moved.to(conv_state_ptr.dtype.element_ty), mask=q_mask)
-    tl.store(k_place, k_moved.to(conv_state_ptr.dtype.element_ty), mask=k_mask)
-    tl.store(v_place, v_moved.to(conv_state_ptr.dtype.element_ty), mask=v_mask)
 
     q = q * tl.rsqrt(tl.sum(q * q, axis=0) + 1e-6) * scale
     k = k * tl.rsqrt(tl.sum(k * k, axis=0) + 1e-6)
