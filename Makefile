@@ -37,7 +37,7 @@ quickstart: $(VENV)/.base
 	$(VENV)/bin/kimi-rl train recipes/quickstart.yaml --out $(OUT) $(ARGS)
 
 test: $(VENV)/.test
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check .

@@ -9,9 +9,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+# Files that take longest, and so start first: one that starts last leaves a core idle at the end.
+LONGEST_FIRST = ("test_pipeline", "test_whole_comparison", "test_pipeline_vllm", "test_rlvr", "test_pool_faults")
+
+
 def pytest_collection_modifyitems(items):
-    """The gpu folder needs a card; everywhere else tests must run."""
+    """Long files first. The gpu folder needs a card; everywhere else tests must run."""
     import torch
+
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else 99)
 
     if torch.cuda.is_available():
         return
