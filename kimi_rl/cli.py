@@ -423,6 +423,7 @@ def learner(
     longest: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 2048,
     pack_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pack.")] = 16384,
     steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps of each path.")] = 5,
+    paths: Annotated[str, typer.Option(help="Which to time.")] = "stock,padded,packed,shared_prompt",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Time stock TRL and the learner on padded batches, packed ones, and with shared prompts. Prints JSON."""
@@ -448,6 +449,7 @@ def learner(
         pack_tokens=pack_tokens,
         steps=steps,
         seed=seed,
+        paths=paths.split(","),
     )
     print_json({"command": " ".join(["kimi-rl", *sys.argv[1:]]), **figures})
 

@@ -73,3 +73,5 @@ def test_learner():
     assert paths["packed"]["memory_bytes"] < paths["padded"]["memory_bytes"]
     with pytest.raises(InputError, match="--micro-batch-size: 3 must divide .* = 4"):
         bench_learner(groups=2, group_size=2, micro_batch_size=3)
+    with pytest.raises(InputError, match="--paths: found 'paded'"):
+        bench_learner(paths=["packed", "paded"])

@@ -90,5 +90,8 @@ def varlen_attention_flex(
     extra = padded_length(segments) - segments.length
     q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1).unsqueeze(0) for x in (q, k.to(q.dtype), v.to(q.dtype)))
     run = _compiled() if q.device.type == "cuda" else flex_attention
-    o = run(q, k, v, block_mask=block_mask(segments), scale=scale)
+    # In float32 the default tiles of wide heads do not fit into a card's shared memory with every PyTorch.
+    small = q.dtype == torch.float32 and q.shape[-1] > 128
+    options = {"fwd_BLOCK_M": 32, "fwd_BLOCK_N": 32, "fwd_num_stages": 1} if small else None
+    o = run(q, k, v, block_mask=block_mask(segments), scale=scale, kernel_options=options)
     return o[0].transpose(0, 1)[: segments.length]

@@ -7,7 +7,7 @@ import gc
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import transformers
 from datasets import Dataset
 
-from kimi_rl.errors import InputError
+from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.kernels.dispatch import fla_installed
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad
@@ -93,10 +93,11 @@ def bench_learner(
     pack_tokens: int = 16384,
     steps: int = 5,
     seed: int = 0,
+    paths: Sequence[str] = (STOCK, *PATHS),
 ) -> dict[str, Any]:
     """Time optimizer steps (forward, backward, AdamW) of one batch by each path.
 
-    Every path gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand together.
+    Each of `paths` gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand together.
     `stock` is what a user of TRL has: `trl.GRPOTrainer` with its own settings on `transformers.KimiLinearForCausalLM`;
     on a card alone. The others are our trainer and model, in turns; `padded` differs from `packed` by padding alone.
 
@@ -112,6 +113,9 @@ def bench_learner(
         raise InputError(
             f"--micro-batch-size: {micro_batch_size} must divide groups x group size = {groups * group_size}"
         )
+    for name in paths:
+        if name not in (STOCK, *PATHS):
+            raise InputError(f"--paths: found {name!r}; use {', '.join((STOCK, *PATHS))}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     section = ModelSection(size=size, arch=arch, mlp=mlp)
     config = build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -137,19 +141,28 @@ def bench_learner(
         _timed, batches=batches, pack_tokens=pack_tokens, group_size=group_size, steps=steps, device=device
     )
     timings: dict[str, _Timing] = {}
-    if device == "cuda":  # first, and alone on the card: its memory is its own
+    left_out = {name: "not asked for" for name in (STOCK, *PATHS) if name not in paths}
+    if STOCK in paths and device == "cpu":
+        left_out[STOCK] = NO_STOCK
+    elif STOCK in paths:  # first, and alone on the card: its memory is its own
         stock = transformers.KimiLinearForCausalLM(config)
         stock.load_state_dict(model.state_dict())
-        timings |= run(stock, GRPOTrainer, [STOCK])
+        try:
+            timings |= run(stock, GRPOTrainer, [STOCK])
+        except torch.OutOfMemoryError as error:
+            left_out[STOCK] = one_line(error, 200)
         del stock
         gc.collect()
         torch.cuda.empty_cache()
-    timings |= run(model, BenchTrainer, list(PATHS))
+    if ours := [name for name in PATHS if name in paths]:
+        timings |= run(model, BenchTrainer, ours)
+    if not timings:
+        raise RunError(f"no path was timed: {left_out}")
     peak = matmul_peak(device)
     best = {name: min(timing.seconds) for name, timing in timings.items()}
     middle = {name: median(timing.seconds) for name, timing in timings.items()}
     memory = {name: timing.memory for name, timing in timings.items()}
-    paths = {
+    figures = {
         name: {
             "step_s": middle[name],
             "best_step_s": best[name],
@@ -181,8 +194,8 @@ def bench_learner(
         },
         "memory_is": "peak allocated" if device == "cuda" else "kept for the backward of the largest micro-batch",
         "peak_flops": peak,
-        "paths": paths,
-        "left_out": {} if STOCK in paths else {STOCK: NO_STOCK},
+        "paths": figures,
+        "left_out": left_out,
         "ratios": _ratios(middle),
         "ratios_of_best": _ratios(best),
         "memory_ratios": _ratios(memory),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._functorch.config
 from test_packed_logps import MODES, StandIn, differences, make_model
 
 from kimi_rl.kernels.segments import Segments
@@ -39,7 +40,8 @@ def autocast(monkeypatch):
     monkeypatch.setattr(
         StandIn.accelerator, "autocast", lambda: torch.autocast("cuda", dtype=torch.bfloat16), raising=False
     )
-    with torch.autocast("cuda", dtype=torch.bfloat16):
+    # `differences` goes back through one graph several times, which a compiled backward allows only so.
+    with torch._functorch.config.patch(donated_buffer=False), torch.autocast("cuda", dtype=torch.bfloat16):
         yield
 
 

@@ -1,0 +1,60 @@
+"""Decoding through a CUDA graph: the same as its steps one by one, and close to the engine's plain loop."""
+
+import pytest
+import torch
+from test_rollout import ragged_prompts
+
+from kimi_rl.model.load_save import load_model
+from kimi_rl.model.modeling import FUSED_DECODE
+from kimi_rl.model.naming import to_checkpoint
+from kimi_rl.rollout.engine import Request, SamplingParams
+from kimi_rl.rollout.static_decode import StaticDecoder
+from kimi_rl.rollout.transformers_engine import TransformersEngine
+
+pytestmark = pytest.mark.gpu
+
+REQUESTS = [Request(p, 40 + i) for i, p in enumerate(ragged_prompts(12, count=20))]
+
+
+def close(a, b) -> int:
+    """Tokens that agree before roundings lead two loops apart; their log-probs must be close."""
+    compared = 0
+    for x, y in zip(a, b, strict=True):
+        for token, other, p, q in zip(x.token_ids, y.token_ids, x.logprobs, y.logprobs, strict=False):
+            if token != other:
+                break
+            assert abs(p - q) < 0.05
+            compared += 1
+    return compared
+
+
+@pytest.mark.parametrize("arch", ["hybrid", "mla"])
+@pytest.mark.parametrize("params", [SamplingParams(40), SamplingParams(40, 0.8, 0.9), SamplingParams(20, 0.0)])
+def test_a_graph_draws_what_its_steps_draw(tiny_models, monkeypatch, arch, params):
+    folder = str(tiny_models[arch, "dense"])
+    monkeypatch.setenv(FUSED_DECODE, "1")
+    graph = TransformersEngine(folder, device="cuda", policy_version=0).generate(REQUESTS, params)
+    with monkeypatch.context() as patch:
+        patch.setattr(StaticDecoder, "_captured", lambda self: None)
+        steps = TransformersEngine(folder, device="cuda", policy_version=0).generate(REQUESTS, params)
+    assert [c.token_ids for c in graph] == [c.token_ids for c in steps]
+    monkeypatch.setenv(FUSED_DECODE, "0")
+    plain = TransformersEngine(folder, device="cuda", policy_version=0).generate(REQUESTS, params)
+    assert close(graph, plain) > 0.3 * sum(len(c.token_ids) for c in plain)
+
+
+def test_a_graph_sees_updated_weights(tiny_models, monkeypatch):
+    monkeypatch.setenv(FUSED_DECODE, "1")
+    folder, params = str(tiny_models["hybrid", "dense"]), SamplingParams(20)
+    engine = TransformersEngine(folder, device="cuda", policy_version=0)
+    engine.generate(REQUESTS, params)
+    model = load_model(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    engine.begin_update()
+    engine.load_weights((name, tensor.cuda()) for name, tensor in to_checkpoint(model))
+    engine.finish_update(1)
+    after = engine.generate(REQUESTS, params)
+    engine._decoders = engine._served = None
+    assert [c.token_ids for c in after] == [c.token_ids for c in engine.generate(REQUESTS, params)]
