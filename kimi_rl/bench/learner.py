@@ -99,7 +99,8 @@ def bench_learner(
 
     Each of `paths` gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand
     together. `stock` is what a user of TRL has: `trl.GRPOTrainer` with its own settings on transformers' own
-    `KimiLinearForCausalLM`; on a card alone. The others are our trainer and model, in turns; `padded` differs from `packed` by padding alone.
+    `KimiLinearForCausalLM`; on a card alone. The others are our trainer and model, in turns; `padded` differs from
+    `packed` by padding alone.
 
     Returns:
         `paths`, by name: `step_s` (median over `steps`, after untimed ones), `tokens_per_s` of real tokens (prompts
