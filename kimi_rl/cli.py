@@ -409,6 +409,49 @@ def decode(
     print_json(found)
 
 
+@bench.command(epilog="Example: `kimi-rl bench rollout hybrid:base --batch 64,256 --context 1024`")
+def rollout(
+    model: Annotated[str, typer.Argument(help="Model folder, or `arch:size` of a preset (random weights).")],
+    batch: Annotated[str, typer.Option(help="Sequences that an engine decodes together, by commas.")] = "64,256",
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 1024,
+    engines: Annotated[int, typer.Option(min=1, help="Engines that share the card in the arm `replicas`.")] = 4,
+    runner: Annotated[str, typer.Option(help="vLLM's model runner in our engines: v1 or v2.")] = "v1",
+    sequences: Annotated[int, typer.Option(min=2, help="Sequences of the check that both give the same tokens.")] = 256,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of a window.")] = 100,
+    windows: Annotated[int, typer.Option(min=1, help="Windows of each arm; the median counts.")] = 3,
+    vocabulary: Annotated[int, typer.Option(min=512, help="Of a preset.")] = 32768,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    engine_arg: EngineArgs = None,
+) -> None:
+    """Decode throughput with log-probs: stock vLLM, our engine, and several of ours on one device. Prints JSON."""
+    from kimi_rl.bench.decode import parse_models
+    from kimi_rl.bench.rollout import bench_rollout
+    from kimi_rl.standalone import parse_engine_args
+
+    (source,) = parse_models([model]).values()
+    try:
+        sizes = [int(part) for part in batch.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise InputError(f"--batch: found {batch!r}, expected numbers of sequences such as 64,256")
+    print_json(
+        bench_rollout(
+            source,
+            batch=sizes,
+            context=context,
+            engines=engines,
+            runner=runner,
+            sequences=sequences,
+            steps=steps,
+            windows=windows,
+            vocabulary=vocabulary,
+            seed=seed,
+            engine_args=parse_engine_args(engine_arg or []),
+        )
+    )
+
+
 @bench.command(epilog="Example: `kimi-rl bench learner --size base --groups 8`")
 def learner(
     size: Annotated[str, typer.Option(help="Preset of the model: tiny, small, base, large.")] = "base",

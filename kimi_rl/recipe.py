@@ -83,7 +83,9 @@ class RolloutSection(Section):
     """Where and how completions are generated."""
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
-    workers: Positive = 1
+    workers: Positive | Literal["auto"] = Field(
+        1, description="Engines, which share the card; `auto`: as many as a measurement at the start says keep it busy."
+    )
     min_workers: Positive | None = Field(
         None, description="Go on with so few workers once others have used up their restarts; unset: with all or none."
     )
@@ -102,11 +104,14 @@ class RolloutSection(Section):
     timeout_s: float = Field(600.0, gt=0, description="A worker that answers no request for so long is restarted.")
     start_timeout_s: float = Field(900.0, gt=0, description="The same while it loads its engine.")
     max_restarts: NonNegative = Field(3, description="Restarts of one worker before the run gives up.")
-    engine_args: dict[str, Any] = Field(default_factory=dict, description="Passed to the vLLM engine.")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Passed to the vLLM engine; gpu_memory_utilization is for all workers of a card together.",
+    )
 
     @model_validator(mode="after")
     def _enough_workers(self) -> RolloutSection:
-        if self.min_workers is not None and self.min_workers > self.workers:
+        if self.min_workers is not None and self.workers != "auto" and self.min_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
         return self
 

@@ -18,6 +18,7 @@ from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.rollout.vllm_engine import VLLMEngine
+from kimi_rl.rollout.vllm_plugin import fast_allocate
 from kimi_rl.weight_sync import WeightSyncError, WeightUpdate, apply_update, tensor_checksum
 
 ARCHS = [("hybrid", "dense"), ("hybrid", "moe"), ("mla", "dense")]
@@ -122,9 +123,11 @@ def test_fast_allocation_changes_no_token(served, monkeypatch):
         allocate.skipped = 0
         fast = served.engine.generate(requests, params)
         skipped = allocate.skipped
-        monkeypatch.setenv("KIMI_RL_FAST_ALLOCATE", "0")
-        plain = served.engine.generate(requests, params)
-        monkeypatch.delenv("KIMI_RL_FAST_ALLOCATE")
+        with monkeypatch.context() as patch:
+            patch.setenv("KIMI_RL_FAST_ALLOCATE", "0")
+            fast_allocate.install()
+            plain = served.engine.generate(requests, params)
+        fast_allocate.install()
         assert allocate.skipped == skipped > 100
         assert [c.token_ids for c in fast] == [c.token_ids for c in plain]
         assert sum(len(r.prompt_ids) < border < len(r.prompt_ids) + len(c.token_ids)
@@ -399,3 +402,23 @@ def test_checkpoints_that_vllm_would_misread_are_refused(tiny_models, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(InputError, match="safetensors"):
         VLLMEngine(str(folder), max_model_len=MAX_LEN, max_num_seqs=8)
+
+
+def test_steps_of_pure_decoding(served):
+    """Every timed step gives every sequence one token; afterwards the engine is free for other work."""
+    from kimi_rl.errors import RunError
+    from kimi_rl.rollout.decode_windows import DecodeBatch
+
+    engine = served.engine
+    scheduler = engine._llm.llm_engine.engine_core.engine_core.scheduler
+    prompts, seeds = [[20 + i] * (5 + 9 * i) for i in range(6)], list(range(6))
+    with DecodeBatch(engine, prompts, 60, seeds) as batch:
+        before = [request.num_output_tokens for request in scheduler.running]
+        assert batch.seconds(7) > 0 and len(before) == 6
+        assert [request.num_output_tokens for request in scheduler.running] == [count + 7 for count in before]
+    with DecodeBatch(engine, prompts, 60):
+        assert len(scheduler.running) == 6
+    with pytest.raises(RunError, match="only 8 of 9 sequences"), DecodeBatch(engine, [[20]] * 9, 60):
+        pass
+    requests = ragged_requests(3, count=4)
+    assert engine.generate(requests, SamplingParams(8)) == engine.generate(requests, SamplingParams(8))

@@ -19,7 +19,8 @@ from transformers import KimiLinearConfig
 from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.load_save import create_model, save_model
-from kimi_rl.model.presets import SIZES, describe
+from kimi_rl.model.modeling import KimiLinearForCausalLM
+from kimi_rl.model.presets import SIZES, build_config, describe
 from kimi_rl.recipe import ModelSection, TokenizerSection
 from kimi_rl.rollout.engine import Request, RolloutEngine, SamplingParams
 from kimi_rl.rollout.worker import build_engine, resolve_engine
@@ -149,16 +150,26 @@ def preset_of(source: str) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def timed_folder(source: str, longest: int) -> Iterator[Path]:
-    """A folder with the model's weights and a configuration without end-of-sequence token or length limit."""
+def timed_folder(source: str, longest: int, vocabulary: int | None = None) -> Iterator[Path]:
+    """A folder with the model's weights and a configuration without end-of-sequence token or length limit.
+
+    `vocabulary`: a preset's; unset: that of the tokenizer of bytes.
+    """
     with tempfile.TemporaryDirectory(prefix="kimi_rl_decode_") as temp:
         folder = Path(temp) / "timed"
         original = Path(source)
         preset = preset_of(source)
         if preset:
             original = Path(temp) / "preset"
-            tokenizer = build_tokenizer(TokenizerSection(), [])
-            save_model(create_model(ModelSection(arch=preset[0], size=preset[1]), tokenizer, 0), None, original)
+            section = ModelSection(arch=preset[0], size=preset[1])
+            if vocabulary is None:
+                model = create_model(section, build_tokenizer(TokenizerSection(), []), 0)
+            else:
+                torch.manual_seed(0)
+                ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+                model = KimiLinearForCausalLM(build_config(section, vocab_size=vocabulary, **ids))
+            save_model(model, None, original)
+            del model
         folder.mkdir()
         for file in original.iterdir():
             if file.suffix in (".safetensors", ".json") and file.name not in ("config.json", "generation_config.json"):

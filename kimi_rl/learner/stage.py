@@ -24,6 +24,7 @@ from kimi_rl.model.naming import load_into, to_checkpoint
 from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
+from kimi_rl.rollout.replicas import probe_in_ray, settle_workers, usable_cores
 from kimi_rl.run_dir import RunDir
 from kimi_rl.seeds import derive_seed
 from kimi_rl.tokenizer import prompt_ids
@@ -69,16 +70,21 @@ class StageContext:
     def _start_workers(self) -> None:
         job, reward = self.job, self.recipe.reward
         self.verifier = VerifierPool(workers=reward.workers, deadline_s=reward.deadline_s)
-        self.pool = RolloutPool(
-            **pool_settings(
-                self.stage.rollout,
-                model_folder=job.start_model,
-                max_model_len=self.longest_prompt() + self.longest_completion(),
-                seed=self.recipe.seed,
-                threads=job.threads,
-                device=job.device,
-            )
+        settings = dict(
+            model_folder=job.start_model,
+            max_model_len=self.longest_prompt() + self.longest_completion(),
+            seed=self.recipe.seed,
+            threads=job.threads,
+            device=job.device,
         )
+        rollout = settle_workers(
+            self.stage.rollout,
+            self.folder / "rollout_workers.json",
+            device=job.device,
+            cores=usable_cores(),
+            probe=lambda: probe_in_ray(pool_settings(self.stage.rollout.model_copy(update={"workers": 1}), **settings)),
+        )
+        self.pool = RolloutPool(**pool_settings(rollout, **settings))
 
     @property
     def on_gpu(self) -> bool:

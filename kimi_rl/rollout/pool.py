@@ -16,6 +16,7 @@ import torch
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.rollout.replicas import share_memory
 from kimi_rl.rollout.seats import Call, Item, Job, Seat, WorkerFault, answer_of, check_answer
 from kimi_rl.rollout.worker import EngineFactory, RolloutWorker
 from kimi_rl.seeds import derive_seed
@@ -382,14 +383,14 @@ def _reseed(seed: int, position: int) -> int:
 def pool_settings(
     rollout: RolloutSection, *, model_folder: str, max_model_len: int, seed: int, threads: int, device: str
 ) -> dict[str, Any]:
-    """`RolloutPool` arguments from a recipe's `rollout` section."""
+    """`RolloutPool` arguments from a recipe's `rollout` section, whose `workers` are settled (`settle_workers`)."""
     if rollout.weight_sync == "cuda_ipc" and device == "cpu":
         raise InputError("rollout.weight_sync: cuda_ipc needs an NVIDIA card, and this run is on a CPU; use auto")
     return dict(
         workers=rollout.workers,
         engine=rollout.engine,
         batch_size=rollout.batch_size,
-        engine_args=rollout.engine_args,
+        engine_args=rollout.engine_args if device == "cpu" else share_memory(rollout.engine_args, rollout.workers),
         timeout_s=rollout.timeout_s,
         start_timeout_s=rollout.start_timeout_s,
         weight_sync=rollout.weight_sync,

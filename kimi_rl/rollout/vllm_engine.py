@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from safetensors import safe_open
 import kimi_rl
 from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
+from kimi_rl.rollout.replicas import CARD_SHARE
 from kimi_rl.rollout.vllm_plugin import register, sampler_front
 from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
 from kimi_rl.rollout.vllm_plugin.layerwise import LayerwiseReload
@@ -162,7 +166,7 @@ class VLLMEngine:
                 stop_token_ids=self._eos_ids,
                 detokenize=False,
                 **self._llm.kimi_rl_host_path.request_arguments(
-                    _generator_seed(request.seed), greedy=params.temperature == 0
+                    generator_seed(request.seed), greedy=params.temperature == 0
                 ),
             )
             for request in requests
@@ -339,20 +343,35 @@ def start_vllm(
     register()
     set_num_threads = torch.set_num_threads
     try:
-        llm = LLM(
-            model=str(folder),
-            dtype=dtype,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            seed=seed,
-            skip_tokenizer_init=True,
-            logprobs_mode="processed_logprobs",
-            **arguments,
-        )
+        with _alone_on_the_card(arguments):
+            llm = LLM(
+                model=str(folder),
+                dtype=dtype,
+                max_model_len=max_model_len,
+                max_num_seqs=max_num_seqs,
+                seed=seed,
+                skip_tokenizer_init=True,
+                logprobs_mode="processed_logprobs",
+                **arguments,
+            )
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
     llm.kimi_rl_host_path = sampler_front.attach(llm)
     return llm
+
+
+@contextlib.contextmanager
+def _alone_on_the_card(arguments: dict[str, Any]) -> Iterator[None]:
+    """Engines of this user start one after another, but for those that are told the size of their cache.
+
+    vLLM takes for its own what anybody takes or frees on the card while it measures how much a cache may have.
+    """
+    if _ON_CPU or "kv_cache_memory_bytes" in arguments:
+        yield
+        return
+    with open(Path(tempfile.gettempdir()) / f"kimi_rl_{os.getuid()}_starts_vllm", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # let go when the file is closed, or its process dies
+        yield
 
 
 def _readable(tensor: torch.Tensor) -> torch.Tensor:
@@ -360,7 +379,7 @@ def _readable(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if _EXACT else tensor + 0.0
 
 
-def _generator_seed(seed: int) -> int:
+def generator_seed(seed: int) -> int:
     """`seed` (64 bits) scrambled by splitmix64 into the 63 bits that vLLM takes.
 
     torch's CPU generator reads the low 32 bits alone: unscrambled, seeds that differ above them would draw
@@ -388,7 +407,7 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
         "generation_config": "vllm",  # the recipe decides how to sample, not the model
     }
     if not _ON_CPU:
-        defaults["gpu_memory_utilization"] = 0.4  # the learner lives on the same card
+        defaults["gpu_memory_utilization"] = CARD_SHARE
         defaults["hf_overrides"] = {"head_dtype": "float32"}  # as in the learner
     else:
         # MLA on a CPU cannot split a prompt over steps, so a step must have room for the longest one.

@@ -5,7 +5,8 @@ vLLM's V1 runner holds a random generator per seeded request and launches a kern
 tokens still depend on nothing but the request. The V2 runner (VLLM_USE_V2_MODEL_RUNNER=1) seeds in this way by itself,
 and on a CPU a generator costs little: there seeds go to vLLM as ever.
 
-`KIMI_RL_LEAN_LOGPROBS=0` and `KIMI_RL_KEYED_SAMPLING=0` switch the two off, each for the calls made while it is set.
+`KIMI_RL_LEAN_LOGPROBS=0` and `KIMI_RL_KEYED_SAMPLING=0` switch the two off, each for the calls made while it is set; an
+engine that starts with both of them off has vLLM's sampler as it is.
 """
 
 from __future__ import annotations
@@ -39,9 +40,9 @@ class HostPath:
     def request_arguments(self, seed: int, greedy: bool) -> dict[str, Any]:
         """Arguments of `vllm.SamplingParams` for a request that wants its sampled tokens' log-probs."""
         extra: dict[str, Any] = {}
-        if self.lean and os.environ.get(LEAN_SWITCH, "1") != "0":
+        if self.lean and _on(LEAN_SWITCH):
             extra[lean_logprobs.MARK] = True
-        keyed = self.keyed and not greedy and os.environ.get(KEYED_SWITCH, "1") != "0"
+        keyed = self.keyed and not greedy and _on(KEYED_SWITCH)
         if keyed:
             extra[SEED] = seed
         return {"logprobs": 0, "seed": None if keyed else seed, "extra_args": extra or None}
@@ -49,6 +50,8 @@ class HostPath:
 
 def attach(llm: Any) -> HostPath:
     """Put the front before the sampler of `llm` (a `vllm.LLM` in this process). Plain vLLM where that is impossible."""
+    if not _on(LEAN_SWITCH) and not _on(KEYED_SWITCH):
+        return HostPath()
     try:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         if llm.llm_engine.vllm_config.speculative_config is not None:
@@ -70,6 +73,10 @@ def attach(llm: Any) -> HostPath:
     except (AttributeError, ImportError) as error:
         log.warning("log-probs and seeds take vLLM's own, slower way: this vLLM is built otherwise (%s)", error)
         return HostPath()
+
+
+def _on(switch: str) -> bool:
+    return os.environ.get(switch, "1") != "0"
 
 
 class SamplerFront:
