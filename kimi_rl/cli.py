@@ -77,7 +77,7 @@ def compare(
         typer.Argument(metavar="[KEY=VALUE]...", help="Overrides of the base recipe: `stages.rlvr.steps=50`."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for runs and report. Default: runs/<name>.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; each gets a card, where there are any.")] = 1,
+    parallel: Annotated[int, typer.Option(min=1, help="Runs at a time; more than there are cards share them.")] = 1,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare arms (hybrid, MLA, other ratios, any override) over seeds, with intervals.

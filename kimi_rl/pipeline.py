@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from kimi_rl.card_share import card_share, part
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.kernels.compile_cache import cache_environment
 from kimi_rl.progress import ProgressView, follow
@@ -244,7 +245,8 @@ def _run_stage(
         threads=recipe.threads or os.cpu_count() or 1,
         resume=resume,
     )
-    learner = Learner.options(num_cpus=0, num_gpus=0.0 if device == "cpu" else 0.5).remote()
+    num_gpus = 0.0 if device == "cpu" else part(0.5 * card_share())
+    learner = Learner.options(num_cpus=0, num_gpus=num_gpus).remote()
     name = recipe.stages[index].name
     try:
         return ray.get(learner.run.remote(job))

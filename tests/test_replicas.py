@@ -1,6 +1,7 @@
 """`rollout.workers: auto`: how many engines share a card, what memory each gets, and that resumed runs keep it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
@@ -82,3 +83,15 @@ def test_recipes_take_a_number_or_auto():
             RolloutSection(workers=workers)
     with pytest.raises(ValidationError, match="must not exceed workers"):
         RolloutSection(workers=1, min_workers=2)
+
+
+def test_a_run_in_a_part_of_a_card_asks_for_its_part_alone(monkeypatch):
+    shared = dict(model_folder="m", max_model_len=64, seed=0, threads=1, device="cuda")
+    whole = pool_settings(RolloutSection(engine="vllm", workers=2), **shared)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    group = SimpleNamespace(bundle_specs=[{"GPU": 0.1666}])
+    monkeypatch.setattr("ray.util.get_current_placement_group", lambda: group)
+    found = pool_settings(RolloutSection(engine="vllm", workers=2), **shared)
+    assert (whole["num_gpus"], found["num_gpus"]) == (0.25, 0.0416)
+    ratio = found["engine_args"]["gpu_memory_utilization"] / whole["engine_args"]["gpu_memory_utilization"]
+    assert ratio == pytest.approx(0.1666)

@@ -14,6 +14,7 @@ from ray.exceptions import RayError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from kimi_rl.card_share import part
 from kimi_rl.compare.plan import Plan, Run
 from kimi_rl.compare.watch import Watch
 from kimi_rl.errors import InputError
@@ -130,13 +131,12 @@ def make_runs(
 
 
 class _Slots:
-    """Slot actors. Several have a placement group each, of one card where there are any; one alone may use all."""
+    """Slot actors. Several have a placement group each, of a card or a part of one where there are any; one alone may
+    use all."""
 
     def __init__(self, count: int):
         cards = int(ray.cluster_resources().get("GPU", 0))
-        if cards:
-            count = min(count, cards)
-        bundle = {"GPU": 1.0} if cards else {"CPU": 1.0}
+        bundle = {"GPU": part(1 / -(-count // cards))} if cards else {"CPU": 1.0}
         self._groups = [placement_group([bundle]) if count > 1 else None for _ in range(count)]
         self._actors = [self._start(group) for group in self._groups]
 

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 import torch
 
+from kimi_rl.card_share import card_share, part
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
@@ -386,11 +387,13 @@ def pool_settings(
     """`RolloutPool` arguments from a recipe's `rollout` section, whose `workers` are settled (`settle_workers`)."""
     if rollout.weight_sync == "cuda_ipc" and device == "cpu":
         raise InputError("rollout.weight_sync: cuda_ipc needs an NVIDIA card, and this run is on a CPU; use auto")
+    share = card_share()
+    on_card = share_memory(rollout.engine_args, rollout.workers / share)
     return dict(
         workers=rollout.workers,
         engine=rollout.engine,
         batch_size=rollout.batch_size,
-        engine_args=rollout.engine_args if device == "cpu" else share_memory(rollout.engine_args, rollout.workers),
+        engine_args=rollout.engine_args if device == "cpu" else on_card,
         timeout_s=rollout.timeout_s,
         start_timeout_s=rollout.start_timeout_s,
         weight_sync=rollout.weight_sync,
@@ -402,5 +405,5 @@ def pool_settings(
         seed=seed,
         threads=threads,
         device=device,
-        num_gpus=0.0 if device == "cpu" else 0.5 / rollout.workers,
+        num_gpus=0.0 if device == "cpu" else part(0.5 * share / rollout.workers),
     )

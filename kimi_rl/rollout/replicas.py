@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kimi_rl.card_share import card_share
 from kimi_rl.errors import InputError
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.worker import build_engine, resolve_engine
@@ -40,7 +41,7 @@ def choose_workers(
     return max(1, min(round(step_s / gpu_s), most, cores // 2, share_bytes // replica_bytes))
 
 
-def share_memory(engine_args: Mapping[str, Any], workers: int) -> dict[str, Any]:
+def share_memory(engine_args: Mapping[str, Any], workers: float) -> dict[str, Any]:
     """`engine_args` for each of `workers` vLLM engines on one card: an equal part of gpu_memory_utilization."""
     whole = engine_args.get("gpu_memory_utilization", CARD_SHARE)
     return {**engine_args, "gpu_memory_utilization": whole / workers}
@@ -63,7 +64,7 @@ def settle_workers(
     else:
         found = probe()
         whole = rollout.engine_args.get("gpu_memory_utilization", CARD_SHARE)
-        found["cores"], found["share_bytes"] = cores, int(whole * found["card_bytes"])
+        found["cores"], found["share_bytes"] = cores, int(whole * card_share() * found["card_bytes"])
         found["replica_bytes"] = found["engine_bytes"] + found["cache_bytes"]
         chosen = ("step_s", "gpu_s", "cores", "share_bytes", "replica_bytes")
         found["workers"] = choose_workers(**{name: found[name] for name in chosen})

@@ -8,7 +8,9 @@ import yaml
 from rich.console import Console
 from stand_in_runs import BASE, failing, make_run
 
+from kimi_rl.card_share import part
 from kimi_rl.compare import comparison as compare_module
+from kimi_rl.compare import runner
 from kimi_rl.compare.plan import load_plan
 from kimi_rl.compare.runner import check_plan, is_finished, make_runs
 from kimi_rl.compare.watch import Watch
@@ -86,3 +88,18 @@ def test_two_comparisons_in_one_folder_are_refused(tmp_path):
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another comparison is running"):
             make_runs(plan_of(tmp_path), out, make_run=make_run)
+
+
+def test_runs_that_outnumber_the_cards_share_them(monkeypatch):
+    groups, slots = [], []
+    monkeypatch.setattr(runner.ray, "cluster_resources", lambda: {"GPU": 2.0, "CPU": 16.0})
+    monkeypatch.setattr(runner, "placement_group", lambda bundles: groups.append(bundles[0]["GPU"]) or bundles)
+    monkeypatch.setattr(runner._Slots, "_start", lambda self, group: slots.append(group))
+    for count in range(1, 40):
+        groups.clear(), slots.clear()
+        assert len(runner._Slots(count)) == len(slots) == count
+        per_card = -(-count // 2)
+        assert all(0.99 / per_card < share <= 1 / per_card for share in groups)
+        # Ray counts in steps of 1/10,000: all runs of a card fit, and so do a run's learner and rollout worker.
+        assert sum(round(10_000 * share) for share in groups[:per_card]) <= 10_000
+        assert all(2 * round(10_000 * part(share / 2)) <= round(10_000 * share) for share in groups)

@@ -1,0 +1,18 @@
+"""How much of a card a run may take, where several runs of a comparison share one."""
+
+from __future__ import annotations
+
+import math
+
+
+def part(share: float) -> float:
+    """`share` of a card as Ray can hold it: it counts in steps of 1/10,000, and parts must fit into the whole."""
+    return math.floor(share * 10_000 + 1e-6) / 10_000
+
+
+def card_share() -> float:
+    """The part of a card that this process's run has: that of the placement group it lives in; 1 outside of any."""
+    import ray
+
+    group = ray.util.get_current_placement_group() if ray.is_initialized() else None
+    return 1.0 if group is None else min(1.0, group.bundle_specs[0].get("GPU", 1.0))
