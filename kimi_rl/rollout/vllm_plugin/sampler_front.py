@@ -111,7 +111,8 @@ class SamplerFront:
         if seeds and self._keyed:
             if len(seeds) != len(marks) or not metadata.all_random or metadata.max_num_logprobs != 0:
                 raise RuntimeError("requests of VLLMEngine share a batch with others; their seeds would be lost")
-            self._seeds = torch.tensor(seeds, pin_memory=True).to(self._runner.device, non_blocking=True)
+            device = self._runner.device
+            self._seeds = torch.tensor(seeds, pin_memory=device.type == "cuda").to(device, non_blocking=True)
         self._metadata = metadata
 
     def _draw(self, logits: torch.Tensor, metadata: Any) -> tuple[torch.Tensor, torch.Tensor]:
