@@ -16,3 +16,11 @@ def card_share() -> float:
 
     group = ray.util.get_current_placement_group() if ray.is_initialized() else None
     return 1.0 if group is None else min(1.0, group.bundle_specs[0].get("GPU", 1.0))
+
+
+def whole_cards() -> int:
+    """Whole cards that this process's run may use: the cluster's, or those of the placement group it lives in."""
+    import ray
+
+    group = ray.util.get_current_placement_group()
+    return int(ray.cluster_resources().get("GPU", 0) if group is None else group.bundle_specs[0].get("GPU", 0))

@@ -331,17 +331,18 @@ def parity(
 def sync(
     model: Annotated[str, typer.Argument(help="Model folder.")],
     engine: Annotated[str, typer.Option(help="auto, transformers or vllm.")] = "auto",
-    transport: Annotated[str, typer.Option(help="auto, object_store, cuda_ipc, or all that work here.")] = "auto",
+    transport: Annotated[str, typer.Option(help="auto, object_store, cuda_ipc, nccl, or all that work here.")] = "auto",
     workers: Annotated[int, typer.Option(min=1)] = 1,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
 ) -> None:
     """Time weight updates: bytes, seconds, GB/s, the pause of generation, and the floor. Prints JSON."""
     from kimi_rl.bench.sync import bench_sync
     from kimi_rl.standalone import check_engine
+    from kimi_rl.weight_sync import TRANSPORTS
 
     check_engine(model, engine)
-    if transport not in ("auto", "object_store", "cuda_ipc", "all"):
-        raise InputError(f"--transport: unknown transport {transport!r}; known: auto, object_store, cuda_ipc, all")
+    if transport not in (*TRANSPORTS, "all"):
+        raise InputError(f"--transport: unknown transport {transport!r}; known: {', '.join(TRANSPORTS)}, all")
     print_json(bench_sync(model, engine=engine, transport=transport, workers=workers, repeats=repeats))
 
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kimi_rl.card_share import card_share, part
+from kimi_rl.card_share import card_share, part, whole_cards
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.kernels.compile_cache import cache_environment
 from kimi_rl.progress import ProgressView, follow
@@ -114,6 +114,17 @@ def check_model_folder(path: str) -> None:
         raise InputError(f"model.path: {path}: {found}; give a folder in Hugging Face layout or a hub id")
 
 
+def check_cards(recipe: Recipe, found: int) -> None:
+    """There must be a card for the learner beside those of the workers: Ray would wait for more for ever."""
+    for stage in recipe.stages:
+        cards = stage.rollout.cards
+        if cards and found < 1 + cards:
+            raise InputError(
+                f"stages.{stage.name}.rollout.cards: {cards} for the workers and one for the learner, but this run may "
+                f"use {found} whole NVIDIA cards; set it to 0 to let them share one"
+            )
+
+
 @contextlib.contextmanager
 def local_ray(kernel_cache: str | None = None) -> Iterator[None]:
     """Ray for the time of a run: the cluster of `RAY_ADDRESS` or one on this machine; one that is up already stays."""
@@ -149,6 +160,7 @@ def _run_stages(
     try:
         with local_ray(recipe.kernel_cache):
             run_dir.save_state({"status": "running", "stages": done})
+            check_cards(recipe, whole_cards())
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
             start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
             for index in range(len(done), len(recipe.stages)):
@@ -245,9 +257,10 @@ def _run_stage(
         threads=recipe.threads or os.cpu_count() or 1,
         resume=resume,
     )
-    num_gpus = 0.0 if device == "cpu" else part(0.5 * card_share())
-    learner = Learner.options(num_cpus=0, num_gpus=num_gpus).remote()
-    name = recipe.stages[index].name
+    stage = recipe.stages[index]
+    share = 1.0 if stage.rollout.cards else part(0.5 * card_share())
+    learner = Learner.options(num_cpus=0, num_gpus=0.0 if device == "cpu" else share).remote()
+    name = stage.name
     try:
         return ray.get(learner.run.remote(job))
     except RayTaskError as error:

@@ -84,7 +84,7 @@ class RolloutSection(Section):
 
     engine: Literal["auto", "transformers", "vllm"] = "auto"
     workers: Positive | Literal["auto"] = Field(
-        1, description="Engines, which share the card; `auto`: as many as a measurement at the start says keep it busy."
+        1, description="Engines; `auto`: as many on each card as a measurement at the start says keep it busy."
     )
     min_workers: Positive | None = Field(
         None, description="Go on with so few workers once others have used up their restarts; unset: with all or none."
@@ -98,8 +98,13 @@ class RolloutSection(Section):
         description="Overlapped rollouts: a worker gives a completion back after so many tokens, and goes on with it"
         " after taking newer weights (partial rollouts); unset: completions are finished in one go.",
     )
-    weight_sync: Literal["auto", "object_store", "cuda_ipc"] = Field(
-        "auto", description="How weights reach workers; `auto`: `cuda_ipc` on one card, else `object_store`."
+    cards: NonNegative = Field(
+        0, description="NVIDIA cards for the workers, beside one for the learner; 0: all share the learner's."
+    )
+    weight_sync: Literal["auto", "object_store", "cuda_ipc", "nccl"] = Field(
+        "auto",
+        description="How weights reach workers; `auto`: `cuda_ipc` on one card, `nccl` between cards, on a CPU"
+        " `object_store`.",
     )
     timeout_s: float = Field(600.0, gt=0, description="A worker that answers no request for so long is restarted.")
     start_timeout_s: float = Field(900.0, gt=0, description="The same while it loads its engine.")
@@ -111,6 +116,8 @@ class RolloutSection(Section):
 
     @model_validator(mode="after")
     def _enough_workers(self) -> RolloutSection:
+        if self.workers != "auto" and self.cards > self.workers:
+            raise ValueError(f"cards ({self.cards}) must not exceed workers ({self.workers})")
         if self.min_workers is not None and self.workers != "auto" and self.min_workers > self.workers:
             raise ValueError(f"min_workers ({self.min_workers}) must not exceed workers ({self.workers})")
         return self

@@ -28,11 +28,11 @@ class Stub:
     def start(self):
         """Runs at the end of the constructor."""
 
-    def strikes(self) -> bool:
+    def strikes(self, name="strike") -> bool:
         """Whether the fault strikes now; atomic over all workers."""
         for i in range(self.arguments.get("times", 1)):
             try:
-                os.close(os.open(Path(self.arguments["marks"]) / f"strike{i}", os.O_CREAT | os.O_EXCL))
+                os.close(os.open(Path(self.arguments["marks"]) / f"{name}{i}", os.O_CREAT | os.O_EXCL))
                 return True
             except FileExistsError:
                 continue
@@ -125,6 +125,32 @@ class KeepsOldTensor(Stub):
     def load_weights(self, weights):
         drop = self.policy_version == 0 and self.strikes()
         super().load_weights((n, self.held[n] if drop and n == "b" else t) for n, t in weights)
+
+
+class LosesLink(Stub):
+    """One fault on the way from the learner for each of the versions 0 to 3, in whichever worker comes first."""
+
+    def begin_update(self):
+        super().begin_update()
+        from kimi_rl.weight_sync import nccl
+
+        version = self.policy_version + 1  # a worker that was just started takes any version as its first
+        if version < 4 and self.strikes(f"version{version}_"):
+            self.transfer = nccl._transfer
+            fault = [self.dies, self.dies, self.hangs, self.damages][version]
+            setattr(nccl, "_transfer" if version else "_join", fault)
+
+    @staticmethod
+    def dies(*_, **__):
+        os.kill(os.getpid(), 9)
+
+    @staticmethod
+    def hangs(*_):
+        time.sleep(3600)
+
+    def damages(self, group, buffer, line):
+        self.transfer(group, buffer, line)
+        buffer[0] += 1
 
 
 class CannotStart(Stub):

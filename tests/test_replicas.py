@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.pool import pool_settings
-from kimi_rl.rollout.replicas import CARD_SHARE, choose_workers, settle_workers, share_memory
+from kimi_rl.rollout.replicas import CARD_SHARE, choose_workers, one_worker, settle_workers, share_memory
 
 GIB = 2**30
 ROOM = {"cores": 16, "share_bytes": 32 * GIB, "replica_bytes": 4 * GIB}
@@ -36,9 +36,10 @@ def test_engines_that_keep_a_card_busy(step_ms, gpu_ms, room, expected):
 
 
 def test_engines_share_what_one_would_have():
-    assert share_memory({}, 4) == {"gpu_memory_utilization": CARD_SHARE / 4}
+    assert share_memory(RolloutSection(), 4) == {"gpu_memory_utilization": CARD_SHARE / 4}
     given = {"gpu_memory_utilization": 0.6, "enforce_eager": True}
-    assert share_memory(given, 3) == {"gpu_memory_utilization": pytest.approx(0.2), "enforce_eager": True}
+    third = share_memory(RolloutSection(engine_args=given), 3)
+    assert third == {"gpu_memory_utilization": pytest.approx(0.2), "enforce_eager": True}
     shared = dict(model_folder="m", max_model_len=8, seed=0, threads=1)
     section = RolloutSection(workers=2, engine_args=given)
     on_card = pool_settings(section, device="cuda", **shared)
@@ -74,6 +75,10 @@ def test_a_choice_is_measured_once_and_kept(tmp_path):
     assert kept == measured | {"cores": 16, "share_bytes": 40 * GIB, "replica_bytes": 5 * GIB, "workers": 3}
     # Resumed on a machine with fewer cores: no second measurement, the same engines.
     assert settle_workers(section, record, device="cuda", cores=2, probe=never) == first
+    # With two cards apart from the learner's: so many on each.
+    apart = section.model_copy(update={"cards": 2})
+    assert settle_workers(apart, record, device="cuda", cores=2, probe=never).workers == 6
+    assert one_worker(apart).cards == 1 and one_worker(section).cards == 0
 
 
 def test_recipes_take_a_number_or_auto():

@@ -1,6 +1,7 @@
 """Weight sync: complete and verified, or an error; never a mixture."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,15 @@ import torch
 from kimi_rl.errors import InputError
 from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
-from kimi_rl.recipe import RolloutSection
+from kimi_rl.pipeline import check_cards
+from kimi_rl.recipe import RLVRStage, RolloutSection
 from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.rollout.pool import pool_settings
 from kimi_rl.rollout.transformers_engine import TransformersEngine
 from kimi_rl.weight_sync import (
     ChecksumBatch,
     CudaIpcSync,
+    NcclSync,
     ObjectStoreSync,
     WeightSyncError,
     WeightUpdate,
@@ -252,20 +255,44 @@ def test_choice_of_a_transport():
     one, other = "card-1", "card-2"
     for kind, cards, expected in [
         ("auto", {one}, CudaIpcSync),
-        ("auto", {one, other}, ObjectStoreSync),
+        ("auto", {one, other}, NcclSync),
+        ("auto", {other}, NcclSync),
+        ("nccl", {other}, NcclSync),
+        ("auto", {one, None}, ObjectStoreSync),
         ("auto", {None}, ObjectStoreSync),
         ("object_store", {one}, ObjectStoreSync),
         ("cuda_ipc", {one}, CudaIpcSync),
     ]:
-        assert type(make_sync(kind, None, learner_card=one, worker_cards=cards)) is expected
+        sync = make_sync(kind, None, learner_card=one, worker_cards=cards)
+        assert type(sync) is expected
+        sync.close()
     with pytest.raises(InputError, match="cuda_ipc needs .* workers on card-1, card-2"):
         make_sync("cuda_ipc", None, learner_card=one, worker_cards={one, other})
     with pytest.raises(InputError, match="cuda_ipc needs"):
         make_sync("cuda_ipc", None, learner_card=None, worker_cards={None})
-    with pytest.raises(InputError, match="this run is on a CPU"):
-        pool_settings(
-            RolloutSection(weight_sync="cuda_ipc"), model_folder="", max_model_len=8, seed=0, threads=1, device="cpu"
-        )
+    for learner, workers in ((one, {one}), (None, {None}), (one, {None, other})):
+        with pytest.raises(InputError, match="nccl needs .* several NVIDIA cards; here .* workers on (card|the CPU)"):
+            make_sync("nccl", None, learner_card=learner, worker_cards=workers)
+    for kind in ("cuda_ipc", "nccl"):
+        with pytest.raises(InputError, match=f"{kind} needs .* this run is on a CPU"):
+            pool_settings(
+                RolloutSection(weight_sync=kind), model_folder="", max_model_len=8, seed=0, threads=1, device="cpu"
+            )
+
+
+def test_cards_of_their_own():
+    settings = dict(model_folder="", max_model_len=8, seed=0, threads=1, device="cuda")
+    for workers, cards, gpus, memory in [(2, 0, 0.25, 0.2), (2, 2, 1.0, 0.8), (2, 1, 0.5, 0.4), (3, 2, 0.5, 0.4)]:
+        made = pool_settings(RolloutSection(workers=workers, cards=cards), **settings)
+        assert made["num_gpus"] == gpus
+        assert made["engine_args"] == {"gpu_memory_utilization": pytest.approx(memory)}
+    with pytest.raises(ValueError, match=r"cards \(2\) must not exceed workers \(1\)"):
+        RolloutSection(cards=2)
+    stage = RLVRStage(kind="rlvr", name="first", steps=1, rollout=RolloutSection(workers=2, cards=2))
+    recipe = SimpleNamespace(stages=[stage])
+    check_cards(recipe, 3)
+    with pytest.raises(InputError, match=r"stages.first.rollout.cards: 2 for .* use 2 whole NVIDIA cards"):
+        check_cards(recipe, 2)
 
 
 def test_a_prefix_cache_that_is_not_reset(tiny_models):

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
+from kimi_rl.errors import InputError
 from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.pipeline import local_ray
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
 from kimi_rl.run_dir import describe_environment
+from kimi_rl.weight_sync import card_of
 
 
 def bench_sync(
@@ -31,8 +33,12 @@ def bench_sync(
         only one.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    cards = torch.cuda.device_count()
+    if transport == "nccl" and cards < 2:
+        raise InputError(f"--transport: nccl needs two NVIDIA cards, found {cards}; use all for what works here")
+    working = {"object_store": True, "cuda_ipc": cards > 0, "nccl": cards > 1}
+    names = [transport] if transport != "all" else [name for name, works in working.items() if works]
     model = load_model(model_folder, dtype=torch.float32, device=device)
-    names = [transport] if transport != "all" else ["object_store", *(["cuda_ipc"] if device == "cuda" else [])]
     figures = {}
     with local_ray():
         for name in names:
@@ -41,7 +47,10 @@ def bench_sync(
                 section, model_folder=model_folder, max_model_len=256, seed=0, threads=torch.get_num_threads(),
                 device=device,
             )  # fmt: skip
-            used, found = _time_updates(RolloutPool(**settings), model, repeats)
+            pool = RolloutPool(**settings)
+            if name in ("cuda_ipc", "nccl"):
+                _move(model, pool.worker_cards(), beside=name == "cuda_ipc")
+            used, found = _time_updates(pool, model, repeats)
             figures[used] = found
     return {
         "model": model_folder,
@@ -51,6 +60,16 @@ def bench_sync(
         "transports": figures,
         "environment": describe_environment(),
     }
+
+
+def _move(model: torch.nn.Module, worker_cards: set[str | None], *, beside: bool) -> None:
+    """Put the model on a card that workers have (`beside`) or on one that none has, and make it the current one."""
+    for index in range(torch.cuda.device_count()):
+        if (card_of(f"cuda:{index}") in worker_cards) == beside:
+            torch.cuda.set_device(index)
+            model.to(f"cuda:{index}")
+            return
+    raise InputError("--transport: the workers are on every card that this process sees; use fewer workers")
 
 
 def _time_updates(pool: RolloutPool, model: torch.nn.Module, repeats: int) -> tuple[str, dict[str, Any]]:

@@ -24,7 +24,7 @@ from kimi_rl.model.naming import load_into, to_checkpoint
 from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
-from kimi_rl.rollout.replicas import probe_in_ray, settle_workers, usable_cores
+from kimi_rl.rollout.replicas import one_worker, probe_in_ray, settle_workers, usable_cores
 from kimi_rl.run_dir import RunDir
 from kimi_rl.seeds import derive_seed
 from kimi_rl.tokenizer import prompt_ids
@@ -82,7 +82,7 @@ class StageContext:
             self.folder / "rollout_workers.json",
             device=job.device,
             cores=usable_cores(),
-            probe=lambda: probe_in_ray(pool_settings(self.stage.rollout.model_copy(update={"workers": 1}), **settings)),
+            probe=lambda: probe_in_ray(pool_settings(one_worker(self.stage.rollout), **settings)),
         )
         self.pool = RolloutPool(**pool_settings(rollout, **settings))
 

@@ -147,6 +147,11 @@ class RolloutPool:
         self.wait_ready()
         return [seat.info["pid"] for seat in self._seats]
 
+    def worker_cards(self) -> set[str | None]:
+        """Ids of the cards that the workers are on (`card_of`), None for the CPU; waits until they have loaded."""
+        self.wait_ready()
+        return {seat.info["card"] for seat in self._seats}
+
     def busy_seconds(self) -> tuple[float, int]:
         """Seconds that the workers have spent generating, all together, and how many workers there are."""
         with self._turn:
@@ -374,6 +379,8 @@ class RolloutPool:
         for seat in self._seats:
             ray.kill(seat.worker, no_restart=True)
         self._seats = []
+        if self._sync is not None:
+            self._sync.close()
 
 
 def _reseed(seed: int, position: int) -> int:
@@ -385,10 +392,13 @@ def pool_settings(
     rollout: RolloutSection, *, model_folder: str, max_model_len: int, seed: int, threads: int, device: str
 ) -> dict[str, Any]:
     """`RolloutPool` arguments from a recipe's `rollout` section, whose `workers` are settled (`settle_workers`)."""
-    if rollout.weight_sync == "cuda_ipc" and device == "cpu":
-        raise InputError("rollout.weight_sync: cuda_ipc needs an NVIDIA card, and this run is on a CPU; use auto")
+    if rollout.weight_sync in ("cuda_ipc", "nccl") and device == "cpu":
+        raise InputError(
+            f"rollout.weight_sync: {rollout.weight_sync} needs an NVIDIA card, and this run is on a CPU; use auto"
+        )
     share = card_share()
-    on_card = share_memory(rollout.engine_args, rollout.workers / share)
+    neighbours = -(-rollout.workers // max(1, rollout.cards))  # workers on a card
+    on_card = share_memory(rollout, neighbours / share)
     return dict(
         workers=rollout.workers,
         engine=rollout.engine,
@@ -405,5 +415,5 @@ def pool_settings(
         seed=seed,
         threads=threads,
         device=device,
-        num_gpus=0.0 if device == "cpu" else part(0.5 * share / rollout.workers),
+        num_gpus=0.0 if device == "cpu" else part((1.0 if rollout.cards else 0.5 * share) / neighbours),
     )

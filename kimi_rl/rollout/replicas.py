@@ -23,7 +23,10 @@ from kimi_rl.run_dir import atomic_write_text
 
 log = logging.getLogger(__name__)
 
-CARD_SHARE = 0.4  # of the card's memory, for all engines together: the learner is on the same card
+# Of a card's memory, for all engines on it together: beside the learner, or apart from it (`rollout.cards`), where
+# each still needs room for a copy of the weights that it receives.
+CARD_SHARE = 0.4
+OWN_CARD_SHARE = 0.8
 MOST = 4
 _STEPS, _WINDOWS = 50, 3
 
@@ -41,10 +44,14 @@ def choose_workers(
     return max(1, min(round(step_s / gpu_s), most, cores // 2, share_bytes // replica_bytes))
 
 
-def share_memory(engine_args: Mapping[str, Any], workers: float) -> dict[str, Any]:
-    """`engine_args` for each of `workers` vLLM engines on one card: an equal part of gpu_memory_utilization."""
-    whole = engine_args.get("gpu_memory_utilization", CARD_SHARE)
-    return {**engine_args, "gpu_memory_utilization": whole / workers}
+def memory_of_card(rollout: RolloutSection) -> float:
+    """The part of a card's memory that is for the engines on it: gpu_memory_utilization of the recipe."""
+    return rollout.engine_args.get("gpu_memory_utilization", OWN_CARD_SHARE if rollout.cards else CARD_SHARE)
+
+
+def share_memory(rollout: RolloutSection, workers: float) -> dict[str, Any]:
+    """`engine_args` for each of `workers` vLLM engines on one card: an equal part of its memory."""
+    return {**rollout.engine_args, "gpu_memory_utilization": memory_of_card(rollout) / workers}
 
 
 def settle_workers(
@@ -53,26 +60,32 @@ def settle_workers(
     """`rollout` with a number in place of `workers: auto`. Numbers come back as they are.
 
     1 on a CPU, and with another engine than vLLM. Otherwise what `record` says, or, where there is none yet, what
-    `probe` (see `probe_engine`) and `choose_workers` say, which `record` then keeps.
+    `probe` (see `probe_engine`) and `choose_workers` say, which `record` then keeps; so many on each card.
     """
     if rollout.workers != "auto":
         return rollout
     if device == "cpu" or resolve_engine(rollout.engine) != "vllm":
-        return _with_workers(rollout, 1, {})
+        return _with_workers(rollout, max(1, rollout.cards), {})
     if record.is_file():
         found = json.loads(record.read_text(encoding="utf-8"))
     else:
         found = probe()
-        whole = rollout.engine_args.get("gpu_memory_utilization", CARD_SHARE)
-        found["cores"], found["share_bytes"] = cores, int(whole * card_share() * found["card_bytes"])
+        found["cores"] = cores // max(1, rollout.cards)
+        found["share_bytes"] = int(memory_of_card(rollout) * card_share() * found["card_bytes"])
         found["replica_bytes"] = found["engine_bytes"] + found["cache_bytes"]
         chosen = ("step_s", "gpu_s", "cores", "share_bytes", "replica_bytes")
         found["workers"] = choose_workers(**{name: found[name] for name in chosen})
         record.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(record, json.dumps(found, indent=2) + "\n")
-    log.info("rollout.workers: auto takes %d; see %s", found["workers"], record)
+    workers = found["workers"] * max(1, rollout.cards)
+    log.info("rollout.workers: auto takes %d; see %s", workers, record)
     # Engines that start side by side cannot measure what memory is left; they are told.
-    return _with_workers(rollout, found["workers"], {"kv_cache_memory_bytes": found["cache_bytes"]})
+    return _with_workers(rollout, workers, {"kv_cache_memory_bytes": found["cache_bytes"]})
+
+
+def one_worker(rollout: RolloutSection) -> RolloutSection:
+    """`rollout` with one engine, on a card of the kind that it will have: the one to time."""
+    return rollout.model_copy(update={"workers": 1, "cards": min(1, rollout.cards)})
 
 
 def _with_workers(rollout: RolloutSection, workers: int, engine_args: dict[str, Any]) -> RolloutSection:

@@ -6,7 +6,9 @@ with the manifest, and only then serves the new version.
 """
 
 from kimi_rl.weight_sync.checksum import ChecksumBatch, checksum_all, tensor_checksum
-from kimi_rl.weight_sync.transports import CudaIpcSync, ObjectStoreSync, WeightSync, card_of, make_sync
+from kimi_rl.weight_sync.choice import TRANSPORTS, make_sync
+from kimi_rl.weight_sync.nccl import NcclSync
+from kimi_rl.weight_sync.transports import CudaIpcSync, ObjectStoreSync, WeightSync, card_of
 from kimi_rl.weight_sync.update import (
     KEPT_FLOAT32,
     SyncTimes,
@@ -19,8 +21,10 @@ from kimi_rl.weight_sync.update import (
 
 __all__ = [
     "KEPT_FLOAT32",
+    "TRANSPORTS",
     "ChecksumBatch",
     "CudaIpcSync",
+    "NcclSync",
     "ObjectStoreSync",
     "SyncTimes",
     "WeightSync",

@@ -1,4 +1,4 @@
-"""Ways for weights to travel from the learner to the workers: Ray's object store, or CUDA IPC on one card."""
+"""Ways for weights to travel on one machine: Ray's object store, or CUDA IPC on one card. Between cards: `nccl.py`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import ray
 import torch
 
-from kimi_rl.errors import InputError
 from kimi_rl.weight_sync.checksum import ChecksumBatch, checksum_all
 from kimi_rl.weight_sync.update import KEPT_FLOAT32, SyncTimes, WeightSyncError, WeightUpdate, whole_layers
 
@@ -27,27 +26,9 @@ class WeightSync(Protocol):
         """Make `weights` ready for workers. What an earlier call returned may be unusable afterwards."""
         ...
 
-
-def make_sync(
-    kind: str, served: dict[str, torch.dtype] | None, *, learner_card: str | None, worker_cards: set[str | None]
-) -> WeightSync:
-    """The transport that `rollout.weight_sync` asks for.
-
-    Args:
-        kind: "auto", "object_store" or "cuda_ipc"; "auto" takes CUDA IPC if the learner and all workers share a card.
-        served: dtype that the workers serve each tensor in, by checkpoint name; None: as the learner holds it.
-        learner_card, worker_cards: ids of the cards in use (`card_of`), None for the CPU.
-    """
-    one_card = learner_card is not None and worker_cards == {learner_card}
-    if kind == "cuda_ipc" and not one_card:
-        raise InputError(
-            "rollout.weight_sync: cuda_ipc needs the learner and every rollout worker on one NVIDIA card; here the "
-            f"learner is on {learner_card or 'the CPU'} and workers on "
-            f"{', '.join(sorted(c or 'the CPU' for c in worker_cards))}; use auto or object_store"
-        )
-    if kind not in ("auto", "object_store", "cuda_ipc"):
-        raise InputError(f"rollout.weight_sync: unknown transport {kind!r}; known: auto, object_store, cuda_ipc")
-    return CudaIpcSync(served) if one_card and kind != "object_store" else ObjectStoreSync(served)
+    def close(self) -> None:
+        """Serve no worker any more."""
+        ...
 
 
 def card_of(device: str | torch.device) -> str | None:
@@ -90,6 +71,9 @@ class ObjectStoreSync:
         times.pack_s = time.perf_counter() - start
         return WeightUpdate(version, buckets, checksums), times
 
+    def close(self) -> None:
+        pass
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -108,6 +92,11 @@ class Slot:
         return buffer[self.start : self.start + self.bytes].view(self.dtype).view(self.shape)
 
 
+def buffer_size(slots: tuple[Slot, ...]) -> int:
+    """Bytes of the staging buffer that `slots` lie in."""
+    return slots[-1].start + slots[-1].bytes
+
+
 @dataclass(frozen=True)
 class IpcBucket:
     """A staging buffer of the learner, as another process can open it."""
@@ -121,21 +110,29 @@ class IpcBucket:
         return [(slot.name, slot.view(buffer)) for slot in self.slots]
 
 
-class CudaIpcSync:
-    """Weights that never leave the card: the learner copies them, cast to the dtypes that are served, into one buffer
-    that lives as long as this object; workers map that buffer and load from it.
+class StagedSync:
+    """The learner copies its weights, cast to the dtypes that are served, into one buffer that lives as long as this
+    object; what is sent says how a worker comes by the buffer's bytes (`bucket`).
 
     The pool has one update in flight at a time and keeps no worker that has not answered, so nobody reads the buffer
     when the next version is written into it. Costs one copy of the served weights in memory.
     """
 
-    name = "cuda_ipc"
+    name: str
 
     def __init__(self, served: dict[str, torch.dtype] | None = None):
         self._served = served
         self._slots: tuple[Slot, ...] = ()
         self._buffer: torch.Tensor | None = None
         self._handle: Any = None
+
+    def export(self, buffer: torch.Tensor) -> Any:
+        """What other processes need to map a new buffer, or None where they cannot."""
+        return export_buffer(buffer)
+
+    def bucket(self, version: int, handle: Any, slots: tuple[Slot, ...]) -> Any:
+        """What is sent for `version`, which the buffer holds (see `WeightUpdate.buckets`)."""
+        raise NotImplementedError
 
     def pack(self, weights: Weights, version: int) -> tuple[WeightUpdate, SyncTimes]:
         start = time.perf_counter()
@@ -144,16 +141,15 @@ class CudaIpcSync:
         if slots != self._slots:
             device = weights[0][1].device
             self._slots, self._buffer = slots, None  # give the old buffer back before the new one is taken
-            size = slots[-1].start + slots[-1].bytes
-            self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
-            self._handle = export_buffer(self._buffer)
+            self._buffer = torch.empty(buffer_size(slots), dtype=torch.uint8, device=device)
+            self._handle = self.export(self._buffer)
         views = [(slot.name, slot.view(self._buffer)) for slot in slots]
         for (_, tensor), (_, view) in zip(weights, views, strict=True):
             view.copy_(tensor)
         checksums = checksum_all(views)  # reads what was copied and waits for it: the buffer is ready to be read
         times = SyncTimes(version, self.name, sum(slot.bytes for slot in slots), len(slots))
         times.pack_s = time.perf_counter() - start
-        return WeightUpdate(version, [IpcBucket(self._handle, slots)], checksums), times
+        return WeightUpdate(version, [self.bucket(version, self._handle, slots)], checksums), times
 
     def _layout(self, weights: list[tuple[str, torch.Tensor]]) -> tuple[Slot, ...]:
         slots, end = [], 0
@@ -162,6 +158,18 @@ class CudaIpcSync:
             slots.append(slot)
             end = slot.start + slot.bytes
         return tuple(slots)
+
+    def close(self) -> None:
+        pass
+
+
+class CudaIpcSync(StagedSync):
+    """Weights that never leave the card: workers map the learner's buffer and load from it."""
+
+    name = "cuda_ipc"
+
+    def bucket(self, version: int, handle: Any, slots: tuple[Slot, ...]) -> IpcBucket:
+        return IpcBucket(handle, slots)
 
 
 @dataclass(frozen=True)

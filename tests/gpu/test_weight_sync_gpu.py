@@ -83,6 +83,20 @@ def small_model(tmp_path_factory):
     return save_model(create_model(ModelSection(size="small"), tokenizer, seed=7), tokenizer, folder)
 
 
+def served_answers(pool, model, version):
+    """Token ids of 8 answers. The engine's own log-probs must be those of `model`: it serves that and nothing else."""
+    requests = [Request([20 + i, 30, 40], i) for i in range(8)]
+    completions = pool.generate(requests, SamplingParams(16, 0.0))
+    assert {c.policy_version for c in completions} == {version}
+    for request, completion in zip(requests, completions, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]], device=model.device)
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
+        theirs = logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt_ids) :, None]).squeeze(-1)
+        assert (theirs.cpu() - torch.tensor(completion.logprobs)).abs().mean() < 0.1
+    return [c.token_ids for c in completions]
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 @pytest.mark.parametrize("weight_sync", ["auto", "object_store"])
 def test_a_pool_serves_the_new_weights(ray_gpu, small_model, engine, weight_sync):
@@ -94,22 +108,12 @@ def test_a_pool_serves_the_new_weights(ray_gpu, small_model, engine, weight_sync
     pool = RolloutPool(
         **pool_settings(section, model_folder=folder, max_model_len=64, seed=0, threads=2, device="cuda")
     )
-    requests = [Request([20 + i, 30, 40], i) for i in range(8)]
     answers = []
     try:
         for version in range(3):
             times = pool.update_weights(to_checkpoint(model), version)
             assert times.transport == ("object_store" if weight_sync == "object_store" else "cuda_ipc")
-            completions = pool.generate(requests, SamplingParams(16, 0.0))
-            assert {c.policy_version for c in completions} == {version}
-            answers.append([c.token_ids for c in completions])
-            # The engine's own log-probs are those of the learner's weights, so it serves those and no others.
-            for request, completion in zip(requests, completions, strict=True):
-                ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]], device="cuda")
-                with torch.no_grad():
-                    logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
-                theirs = logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt_ids) :, None]).squeeze(-1)
-                assert (theirs.cpu() - torch.tensor(completion.logprobs)).abs().mean() < 0.1
+            answers.append(served_answers(pool, model, version))
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.05)
