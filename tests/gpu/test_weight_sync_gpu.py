@@ -90,7 +90,7 @@ def served_answers(pool, model, version):
     assert {c.policy_version for c in completions} == {version}
     for request, completion in zip(requests, completions, strict=True):
         ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]], device=model.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):  # as in a training step
             logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
         theirs = logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt_ids) :, None]).squeeze(-1)
         assert (theirs.cpu() - torch.tensor(completion.logprobs)).abs().mean() < 0.1
