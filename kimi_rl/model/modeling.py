@@ -40,7 +40,7 @@ from kimi_rl.kernels.short_conv import short_conv
 from kimi_rl.kernels.swiglu import swiglu
 from kimi_rl.kernels.varlen_attention import varlen_attention
 
-# `KIMI_RL_FUSED_DECODE=1`: a KDA layer decodes in one kernel. Off unless asked for: not yet measured on a card.
+# Decoding with a KDA layer's step in one kernel: on a card unless it is 0, elsewhere only if it is 1.
 FUSED_DECODE = "KIMI_RL_FUSED_DECODE"
 
 # In place of masks for a packed row. A dictionary is taken as is; the layers separate the sequences themselves.
@@ -48,6 +48,10 @@ NO_MASKS = {"full_attention": None, "linear_attention": None}
 
 # Parameters and buffers kept in float32, by the last parts of their names.
 KEPT_IN_FP32 = ("A_log", "dt_bias", "conv1d.weight", "e_score_correction_bias")
+
+
+def fuses_decoding(device: torch.device) -> bool:
+    return os.environ.get(FUSED_DECODE, "1" if device.type == "cuda" else "0") == "1"
 
 
 def served_dtype(device_type: str) -> torch.dtype | None:
@@ -198,7 +202,7 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
         return (
             cache_params is not None
             and cache_params.has_previous_state(self.layer_idx)
-            and os.environ.get(FUSED_DECODE) == "1"
+            and fuses_decoding(self.o_proj.weight.device)
             and not torch.is_grad_enabled()
         )
 

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from kimi_rl.model.load_save import load_model
-from kimi_rl.model.modeling import FUSED_DECODE
+from kimi_rl.model.modeling import fuses_decoding
 from kimi_rl.model.naming import load_into, to_checkpoint
 from kimi_rl.model.source import is_source, load_source
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
@@ -23,8 +23,8 @@ class TransformersEngine:
 
     Prompts are left-padded and decoded together, `batch_size` at a time; a finished sequence leaves the batch at
     once, so that a few long completions do not hold the others' rows. Precision is the learner's: fp32 weights, under
-    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent. With `KIMI_RL_FUSED_DECODE=1`
-    models without routers decode in fixed places, on a GPU through a CUDA graph (see `static_decode.py`). A plain
+    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent. On a GPU models without
+    routers decode in fixed places, through a CUDA graph (see `static_decode.py`; `KIMI_RL_FUSED_DECODE=0`: not). A plain
     transformer (see `model/source.py`) can be generated from as well, and takes no updates.
     """
 
@@ -109,7 +109,7 @@ class TransformersEngine:
         ]
 
     def _static(self) -> bool:
-        return os.environ.get(FUSED_DECODE) == "1" and can_decode(self.model)
+        return fuses_decoding(self.device) and can_decode(self.model)
 
     def _decode_static(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         if self._decoders is None:

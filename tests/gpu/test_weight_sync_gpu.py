@@ -88,12 +88,14 @@ def served_answers(pool, model, version):
     requests = [Request([20 + i, 30, 40], i) for i in range(8)]
     completions = pool.generate(requests, SamplingParams(16, 0.0))
     assert {c.policy_version for c in completions} == {version}
+    differences = []
     for request, completion in zip(requests, completions, strict=True):
         ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]], device=model.device)
         with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):  # as in a training step
             logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
         theirs = logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt_ids) :, None]).squeeze(-1)
-        assert (theirs.cpu() - torch.tensor(completion.logprobs)).abs().mean() < 0.1
+        differences.append((theirs.cpu() - torch.tensor(completion.logprobs)).abs())
+    assert torch.cat(differences).mean() < 0.1  # of other weights it is above 1
     return [c.token_ids for c in completions]
 
 
