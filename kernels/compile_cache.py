@@ -7,11 +7,14 @@ read their folders from the environment, once, when first imported: so it is set
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from kimi_rl.errors import InputError
 
 ENV = "KIMI_RL_KERNEL_CACHE"
+TUNED = Path(__file__).parent / "tuned"
 
 
 def cache_environment(folder: str | None = None) -> dict[str, str]:
@@ -36,3 +39,15 @@ def cache_environment(folder: str | None = None) -> dict[str, str]:
         "TRITON_CACHE_AUTOTUNING": "1",  # also what kernels outside fla were tuned to
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
     }
+
+
+def tuned_environment(cards: Sequence[str]) -> dict[str, str]:
+    """Environment variables with which fla takes its kernels' tuning for this card from `kernels/tuned/`.
+
+    `cards`: names as the driver gives them. Empty where there is nothing for them, where they differ, or where the
+    environment tells fla already what to do.
+    """
+    if len(set(cards)) != 1 or {"FLA_CONFIG_DIR", "FLA_CACHE_MODE"} & set(os.environ):
+        return {}
+    folder = TUNED / re.sub(r"[^a-z0-9]+", "_", cards[0].lower()).strip("_")
+    return {"FLA_CONFIG_DIR": str(folder), "FLA_CACHE_MODE": "full"} if folder.is_dir() else {}

@@ -471,9 +471,10 @@ def learner(
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Time stock TRL and the learner on padded batches, packed ones, and with shared prompts. Prints JSON."""
-    from kimi_rl.kernels.compile_cache import cache_environment
+    from kimi_rl.kernels.compile_cache import cache_environment, tuned_environment
+    from kimi_rl.run_dir import gpu_names
 
-    os.environ.update(cache_environment())  # before Triton is imported
+    os.environ.update(cache_environment() | tuned_environment(gpu_names()))  # before Triton is imported
     from kimi_rl.bench.learner import bench_learner
 
     for name, value, known in (("arch", arch, ("hybrid", "mla")), ("mlp", mlp, ("dense", "moe"))):

@@ -13,12 +13,12 @@ from typing import Any
 
 from kimi_rl.card_share import card_share, part, whole_cards
 from kimi_rl.errors import InputError, RunError
-from kimi_rl.kernels.compile_cache import cache_environment
+from kimi_rl.kernels.compile_cache import cache_environment, tuned_environment
 from kimi_rl.progress import ProgressView, follow
 from kimi_rl.recipe import DistillStage, ModelSection, Recipe
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
-from kimi_rl.run_dir import RunDir, describe_environment, only_one
+from kimi_rl.run_dir import RunDir, describe_environment, gpu_names, only_one
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None) -> dict[str, Any]:
@@ -195,6 +195,7 @@ def worker_environment(kernel_cache: str | None = None) -> dict[str, str]:
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",
         **cache_environment(kernel_cache),
+        **tuned_environment(gpu_names()),
     }
 
 

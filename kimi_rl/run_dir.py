@@ -461,7 +461,7 @@ def describe_environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
-        "gpus": _gpu_names(),
+        "gpus": gpu_names(),
         "versions": {"kimi-rl": __version__} | {name: _version(found) for name, found in _VERSIONS.items()},
     }
 
@@ -482,7 +482,7 @@ def _memory_gib() -> float | None:
         return None
 
 
-def _gpu_names() -> list[str]:
+def gpu_names() -> list[str]:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,13 +1,15 @@
 """Compiled kernels: where they are kept, and the run that compiles them. Compiling itself needs a card."""
 
+import json
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from test_packed_logps import StandIn, make_model
 
 from kimi_rl.errors import InputError
-from kimi_rl.kernels.compile_cache import ENV, cache_environment
+from kimi_rl.kernels.compile_cache import ENV, cache_environment, tuned_environment
 from kimi_rl.learner.warm_up import exercise, warm_up
 from kimi_rl.pipeline import worker_environment
 
@@ -22,6 +24,21 @@ def test_the_cache_folder_comes_from_the_recipe_or_the_environment(tmp_path, mon
     assert found["TRITON_CACHE_DIR"] == str(tmp_path / "recipe" / "triton")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "recipe" / "inductor")
     assert (tmp_path / "recipe").is_dir()
+
+
+def test_a_known_card_gets_its_tuning_unless_the_environment_has_its_own(monkeypatch):
+    for name in ("FLA_CONFIG_DIR", "FLA_CACHE_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    found = tuned_environment(["NVIDIA H100 80GB HBM3"] * 2)
+    files = list(Path(found["FLA_CONFIG_DIR"]).glob("*.json"))
+    assert found["FLA_CACHE_MODE"] == "full" and "chunk_kda_bwd_kernel_intra.json" in {file.name for file in files}
+    for file in files:
+        entry = json.loads(file.read_text())
+        assert entry["kernel_name"] == file.stem and entry["default_config"]["num_warps"] in (1, 2, 4, 8, 16, 32)
+    for cards in ([], ["NVIDIA A100-SXM4-80GB"], ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"]):
+        assert tuned_environment(cards) == {}
+    monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
+    assert tuned_environment(["NVIDIA H100 80GB HBM3"]) == {}
 
 
 @pytest.mark.parametrize("how", ["recipe", "environment"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -23,9 +22,9 @@ class TransformersEngine:
 
     Prompts are left-padded and decoded together, `batch_size` at a time; a finished sequence leaves the batch at
     once, so that a few long completions do not hold the others' rows. Precision is the learner's: fp32 weights, under
-    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent. On a GPU models without
-    routers decode in fixed places, through a CUDA graph (see `static_decode.py`; `KIMI_RL_FUSED_DECODE=0`: not). A plain
-    transformer (see `model/source.py`) can be generated from as well, and takes no updates.
+    bf16 autocast on a GPU, so that updates are served bit by bit as they were sent. On a GPU models
+    without routers decode in fixed places, through a CUDA graph (`static_decode.py`; `KIMI_RL_FUSED_DECODE=0`: not). A
+    plain transformer (see `model/source.py`) can be generated from as well, and takes no updates.
     """
 
     def __init__(

@@ -95,7 +95,7 @@ def served_answers(pool, model, version):
             logits = model(input_ids=ids).logits[0, len(request.prompt_ids) - 1 : -1].float()
         theirs = logits.log_softmax(-1).gather(-1, ids[0, len(request.prompt_ids) :, None]).squeeze(-1)
         differences.append((theirs.cpu() - torch.tensor(completion.logprobs)).abs())
-    assert torch.cat(differences).mean() < 0.1  # of other weights it is above 1
+    assert torch.cat(differences).mean() < 0.1
     return [c.token_ids for c in completions]
 
 
