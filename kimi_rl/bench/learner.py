@@ -16,6 +16,7 @@ import torch
 import transformers
 from datasets import Dataset
 
+from kimi_rl.card_work import card_work
 from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.kernels.dispatch import fla_installed
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
@@ -106,7 +107,8 @@ def bench_learner(
         `paths`, by name: `step_s` (median over `steps`, after untimed ones), `tokens_per_s` of real tokens (prompts
         counted once a sample whatever the path), `mfu` (3 forwards of the tokens that must be run, over the measured
         peak of a matrix product), `grad_norm`, `first_step_s` (with what it compiles), and memory: on a card the
-        allocator's peak, weights and optimizer included, on a CPU the bytes kept for the backward of the largest
+        allocator's peak, weights and optimizer included, and beside it `card_s`, `launches` and `kernels` of one step
+        (see `card_work`); on a CPU the bytes kept for the backward of the largest
         micro-batch. `left_out`: why a path was not run. `ratios` of tokens/s, of the median and of the best steps
         (other load on the machine only ever adds time), and of memory; `shape`, `peak_flops`, and the environment.
     """
@@ -174,6 +176,7 @@ def bench_learner(
             "memory_bytes": timing.memory,
             "grad_norm": timing.grad_norm,
             "all_step_s": timing.seconds,
+            **timing.work,
         }
         for name, timing in timings.items()
     }
@@ -206,12 +209,14 @@ def bench_learner(
 
 @dataclass
 class _Timing:
-    """Of one path: seconds of the first step and of the timed ones, bytes, and the norm of the gradient."""
+    """Of one path: seconds of the first step and of the timed ones, bytes, the norm of the gradient, and what the card
+    does in a step (see `card_work`)."""
 
     first: float
     memory: int
     grad_norm: float
     seconds: list[float] = field(default_factory=list)
+    work: dict[str, Any] = field(default_factory=dict)
 
 
 def _timed(
@@ -248,6 +253,9 @@ def _timed(
         for _ in range(steps):
             for name in names:
                 found[name].seconds.append(_clocked(lambda name=name: step(name), device)[0])
+        if device == "cuda":
+            for name in names:
+                found[name].work = card_work(lambda name=name: step(name))
     return found
 
 

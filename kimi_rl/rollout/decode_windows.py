@@ -6,8 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
+from kimi_rl.card_work import card_work
 from kimi_rl.errors import RunError
 from kimi_rl.rollout.vllm_engine import VLLMEngine, generator_seed
 
@@ -67,12 +66,7 @@ class DecodeBatch:
 
     def gpu_seconds(self, steps: int = 10) -> float:
         """Seconds per step in which the card works, by torch's profiler. Needs a card."""
-        from torch.profiler import ProfilerActivity, profile
-
-        with profile(activities=[ProfilerActivity.CUDA]) as found:
-            self.seconds(steps)
-            torch.cuda.synchronize()
-        return sum(event.self_device_time_total for event in found.key_averages()) / 1e6 / steps
+        return card_work(lambda: self.seconds(steps))["card_s"] / steps
 
     def _arguments(self, index: int) -> dict[str, Any]:
         if self._seeds is None:
