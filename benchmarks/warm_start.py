@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from kimi_rl.kernels.compile_cache import cache_environment
+from kimi_rl.kernels.compile_cache import cache_environment, tuned_environment
 
 
 def start(size: str, packing: str) -> dict[str, float]:
@@ -75,7 +75,7 @@ def main() -> None:
         return
     import torch
 
-    from kimi_rl.run_dir import describe_environment
+    from kimi_rl.run_dir import describe_environment, gpu_names
 
     if not torch.cuda.is_available():
         sys.exit("error: warm_start: nothing is compiled on a CPU; run it on a machine with an NVIDIA card")
@@ -83,7 +83,7 @@ def main() -> None:
         folder = Path(args.folder or temporary) / "cache"
         if folder.exists() and any(folder.iterdir()):
             sys.exit(f"error: --folder: {folder} is not empty; give one in which nothing is compiled yet")
-        environment = os.environ | cache_environment(str(folder))
+        environment = os.environ | cache_environment(str(folder)) | tuned_environment(gpu_names())
         command = [sys.executable, __file__, "--one", "--size", args.size, "--packing", args.packing]
         starts = {}
         for name in ("empty", "warm"):
