@@ -1,8 +1,13 @@
-"""How much of a card a run may take, where several runs of a comparison share one."""
+"""How much of a card may be taken by a run's engines, and by a run where several of a comparison share one."""
 
 from __future__ import annotations
 
 import math
+
+# Of a card's memory, for all engines on it together: beside the learner, or apart from it (`rollout.cards`), where
+# each still needs room for a copy of the weights that it receives.
+CARD_SHARE = 0.4
+OWN_CARD_SHARE = 0.8
 
 
 def part(share: float) -> float:

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
+from kimi_rl.card_share import CARD_SHARE
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.pool import pool_settings
-from kimi_rl.rollout.replicas import CARD_SHARE, choose_workers, one_worker, settle_workers, share_memory
+from kimi_rl.rollout.replicas import choose_workers, one_worker, settle_workers, share_memory
 
 GIB = 2**30
 ROOM = {"cores": 16, "share_bytes": 32 * GIB, "replica_bytes": 4 * GIB}

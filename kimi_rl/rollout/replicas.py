@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kimi_rl.card_share import card_share
+from kimi_rl.card_share import CARD_SHARE, OWN_CARD_SHARE, card_share
 from kimi_rl.errors import InputError
 from kimi_rl.recipe import RolloutSection
 from kimi_rl.rollout.worker import build_engine, resolve_engine
@@ -23,10 +23,6 @@ from kimi_rl.run_dir import atomic_write_text
 
 log = logging.getLogger(__name__)
 
-# Of a card's memory, for all engines on it together: beside the learner, or apart from it (`rollout.cards`), where
-# each still needs room for a copy of the weights that it receives.
-CARD_SHARE = 0.4
-OWN_CARD_SHARE = 0.8
 MOST = 4
 _STEPS, _WINDOWS = 50, 3
 

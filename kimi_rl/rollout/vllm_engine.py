@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 
 import kimi_rl
+from kimi_rl.card_share import CARD_SHARE
 from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
-from kimi_rl.rollout.replicas import CARD_SHARE
 from kimi_rl.rollout.vllm_plugin import register, sampler_front
 from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
 from kimi_rl.rollout.vllm_plugin.layerwise import LayerwiseReload
