@@ -36,13 +36,13 @@ class _TokenLogprobs(torch.autograd.Function):
                 p = (z - log_z[rows, None]).exp_()
                 entropies[rows] = log_z[rows] - p.mul_(z).sum(-1)
         ctx.save_for_backward(hidden, weight, tokens, log_z, entropies)
-        ctx.temperature, ctx.tile, ctx.product = temperature, tile, product
+        ctx.temperature, ctx.tile, ctx.product, ctx.device_type = temperature, tile, product, hidden.device.type
         return logps, entropies if with_entropy else None
 
     @staticmethod
     def backward(ctx, d_logps, d_entropies):
         # A backward inside autocast would multiply in its dtype.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        with torch.autocast(ctx.device_type, enabled=False):
             return _TokenLogprobs._backward(ctx, d_logps, d_entropies)
 
     @staticmethod

@@ -107,13 +107,13 @@ class _TokenLogprobs(torch.autograd.Function):
             z = wide_product(hidden[rows].to(dtype), head.T, torch.float32)
             forward_rows(z, tokens[rows], logps[rows], log_z[rows], entropies[rows], temperature, with_entropy)
         ctx.save_for_backward(hidden, weight, tokens, log_z, entropies)
-        ctx.temperature, ctx.tile, ctx.dtype = temperature, tile, dtype
+        ctx.temperature, ctx.tile, ctx.dtype, ctx.device_type = temperature, tile, dtype, hidden.device.type
         return logps, entropies if with_entropy else None
 
     @staticmethod
     def backward(ctx, d_logps, d_entropies):
         # A backward inside autocast would multiply in its dtype.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+        with torch.autocast(ctx.device_type, enabled=False):
             return _TokenLogprobs._backward(ctx, d_logps, d_entropies)
 
     @staticmethod
