@@ -12,10 +12,8 @@ tensors.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,12 +21,12 @@ from statistics import median
 
 import torch
 import transformers
+from result import hand_in
 
 from kimi_rl.bench.decode import timed_folder
 from kimi_rl.kernels.dispatch import fla_installed
-from kimi_rl.model.load_save import save_model
-from kimi_rl.model.modeling import FUSED_DECODE, KimiLinearForCausalLM
-from kimi_rl.model.presets import build_config, count_parameters
+from kimi_rl.model.modeling import FUSED_DECODE
+from kimi_rl.model.presets import bare_config, count_parameters
 from kimi_rl.recipe import ModelSection
 from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.rollout.transformers_engine import TransformersEngine
@@ -93,25 +91,23 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    section = ModelSection(size=args.size)
-    config = build_config(section, vocab_size=args.vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = bare_config(ModelSection(size=args.size), args.vocabulary)
     torch.manual_seed(0)
     prompts = torch.randint(10, args.vocabulary, (args.batch, args.prompt_tokens)).tolist()
     forms: dict[str, dict] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        save_model(KimiLinearForCausalLM(config), None, Path(temporary))
-        with timed_folder(temporary, args.prompt_tokens + args.tokens + 2) as folder:
-            makers = {
-                "transformers_generate": lambda: stock(folder, prompts, device),
-                "engine": lambda: ours(folder, prompts, device, False),
-                "engine_fused": lambda: ours(folder, prompts, device, True),
-            }
-            if device == "cpu" and fla_installed():
-                del makers["transformers_generate"]
-            for name, make in makers.items():
-                forms[name] = measure(make(), args.tokens, args.repeats, device)
-                if device == "cuda":
-                    torch.cuda.empty_cache()
+    longest = args.prompt_tokens + args.tokens + 2
+    with timed_folder(f"hybrid:{args.size}", longest, args.vocabulary) as folder:
+        makers = {
+            "transformers_generate": lambda: stock(folder, prompts, device),
+            "engine": lambda: ours(folder, prompts, device, False),
+            "engine_fused": lambda: ours(folder, prompts, device, True),
+        }
+        if device == "cpu" and fla_installed():
+            del makers["transformers_generate"]
+        for name, make in makers.items():
+            forms[name] = measure(make(), args.tokens, args.repeats, device)
+            if device == "cuda":
+                torch.cuda.empty_cache()
     base = forms.get("transformers_generate", forms["engine"])["step_ms"]
     found = {
         "benchmark": "decode_generate",
@@ -127,10 +123,7 @@ def main() -> None:
         "ratios": {name: base / form["step_ms"] for name, form in forms.items()},
         "environment": describe_environment(),
     }
-    text = json.dumps(found, indent=2)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    hand_in(found, args.out)
 
 
 if __name__ == "__main__":

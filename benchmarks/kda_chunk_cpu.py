@@ -11,7 +11,6 @@ both. float32.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 sys.modules["fla"] = None
 
 import torch  # noqa: E402
+from result import hand_in  # noqa: E402
 from transformers.models.kimi_linear import modeling_kimi_linear as hf  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -98,10 +98,7 @@ def main() -> None:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "rows": rows,
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
+    hand_in(report, options.out)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ weight sync. Reported: median step time of both loops, the floor, and the sum th
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import ray
 import torch
 from ray import cloudpickle
+from result import hand_in
 
 from kimi_rl.dataset.prompt_order import PromptSampler
 from kimi_rl.pipeline import local_ray
@@ -124,10 +124,7 @@ def main() -> None:
         "synchronous": plain,
         "overlapped": {s: {**v, "over_floor": v["step_s"] / floor} for s, v in overlapped.items()},
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    hand_in(result, args.out)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from result import hand_in
+
 from kimi_rl.kernels.compile_cache import cache_environment, tuned_environment
 
 
@@ -30,12 +32,12 @@ def start(size: str, packing: str) -> dict[str, float]:
     from kimi_rl.learner.packed import PackingSettings
     from kimi_rl.learner.warm_up import warm_up
     from kimi_rl.model.modeling import KimiLinearForCausalLM
-    from kimi_rl.model.presets import build_config
+    from kimi_rl.model.presets import bare_config
     from kimi_rl.recipe import ModelSection
 
     imported = time.perf_counter()
     section = ModelSection(size=size)
-    config = build_config(section, vocab_size=32768, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = bare_config(section, 32768)
     torch.manual_seed(0)
     model = KimiLinearForCausalLM(config).to("cuda").train()
     batch = make_batch(groups=1, group_size=16, prompt_tokens=100, mean=300, longest=2048, vocabulary=32768, seed=0)
@@ -100,10 +102,7 @@ def main() -> None:
         "cache_bytes": size,
         "environment": describe_environment(),
     }
-    text = json.dumps(found, indent=2)
-    if args.out:
-        args.out.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    hand_in(found, args.out)
 
 
 if __name__ == "__main__":

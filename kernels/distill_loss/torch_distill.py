@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from kimi_rl.kernels.dispatch import compute_dtype
-from kimi_rl.kernels.logprob.torch_logprob import TILE_ELEMENTS, tiles
+from kimi_rl.kernels.logprob.torch_logprob import default_tile, tiles
 from kimi_rl.kernels.product import wide_product
 
 
@@ -83,8 +83,7 @@ def distill_loss_torch(
 
     Returns loss, and kl and ce, which carry no gradient.
     """
-    if tile is None:
-        tile = max(1, TILE_ELEMENTS.get(hidden.device.type, 1 << 22) // weight.shape[0])
+    tile = default_tile(weight) if tile is None else tile
     return _DistillLoss.apply(
         hidden, weight, teacher_hidden, teacher_weight, labels, temperature, kl_weight, ce_weight, matmul_dtype, tile
     )

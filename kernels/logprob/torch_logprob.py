@@ -10,6 +10,9 @@ The forward keeps log Z and H, one number a token each; the backward computes ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from kimi_rl.kernels.dispatch import compute_dtype
@@ -19,9 +22,45 @@ from kimi_rl.kernels.product import wide_product
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
+class Passes(NamedTuple):
+    """The two passes over a tile of logits z [R, V], in the wide dtype and at temperature 1. Both may overwrite z.
+
+    `forward(z, tokens, logps, log_z, entropies, temperature, with_entropy)` writes the three [R].
+    `backward(z, tokens, log_z, entropies, d_logps, d_entropies, temperature, dtype)` returns dz [R, V] in `dtype`; a
+    gradient that is None counts as zero.
+    """
+
+    forward: Callable[..., None]
+    backward: Callable[..., torch.Tensor]
+
+
+def _forward_rows(z, tokens, logps, log_z, entropies, temperature, with_entropy) -> None:
+    z.div_(temperature)
+    log_z.copy_(z.logsumexp(-1))
+    logps.copy_(z.gather(-1, tokens[:, None]).squeeze(-1) - log_z)
+    if with_entropy:
+        p = (z - log_z[:, None]).exp_()
+        entropies.copy_(log_z - p.mul_(z).sum(-1))
+
+
+def _backward_rows(z, tokens, log_z, entropies, d_logps, d_entropies, temperature, dtype) -> torch.Tensor:
+    log_p = z.div_(temperature).sub_(log_z[:, None])
+    p = log_p.exp()
+    dz = torch.zeros_like(p)
+    if d_entropies is not None:
+        dz -= d_entropies[:, None] * p * (log_p + entropies[:, None])
+    if d_logps is not None:
+        dz -= p.mul_(d_logps[:, None])
+        dz.scatter_add_(-1, tokens[:, None], d_logps[:, None])
+    return dz.div_(temperature).to(dtype)
+
+
+PLAIN = Passes(_forward_rows, _backward_rows)
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, tile, with_entropy, product):
+    def forward(ctx, hidden, weight, tokens, temperature, tile, with_entropy, product, passes):
         ctx.set_materialize_grads(False)
         dtype = compute_dtype(hidden, weight)
         product = product or dtype
@@ -29,14 +68,11 @@ class _TokenLogprobs(torch.autograd.Function):
         logps = torch.empty(tokens.shape, dtype=dtype, device=hidden.device)
         log_z, entropies = torch.empty_like(logps), torch.empty_like(logps)
         for rows in tiles(len(tokens), tile):
-            z = wide_product(hidden[rows].to(product), head.T, dtype).div_(temperature)
-            log_z[rows] = z.logsumexp(-1)
-            logps[rows] = z.gather(-1, tokens[rows, None]).squeeze(-1) - log_z[rows]
-            if with_entropy:
-                p = (z - log_z[rows, None]).exp_()
-                entropies[rows] = log_z[rows] - p.mul_(z).sum(-1)
+            z = wide_product(hidden[rows].to(product), head.T, dtype)
+            passes.forward(z, tokens[rows], logps[rows], log_z[rows], entropies[rows], temperature, with_entropy)
         ctx.save_for_backward(hidden, weight, tokens, log_z, entropies)
-        ctx.temperature, ctx.tile, ctx.product, ctx.device_type = temperature, tile, product, hidden.device.type
+        ctx.temperature, ctx.tile, ctx.product, ctx.passes = temperature, tile, product, passes
+        ctx.device_type = hidden.device.type
         return logps, entropies if with_entropy else None
 
     @staticmethod
@@ -49,28 +85,25 @@ class _TokenLogprobs(torch.autograd.Function):
     def _backward(ctx, d_logps, d_entropies):
         hidden, weight, tokens, log_z, entropies = ctx.saved_tensors
         if d_logps is None and d_entropies is None:
-            return (None,) * 7
+            return (None,) * 8
+        d_logps, d_entropies = (None if d is None else d.contiguous() for d in (d_logps, d_entropies))
         dtype = log_z.dtype
         head = weight.to(ctx.product)
-        d_hidden = torch.zeros_like(hidden, dtype=dtype) if ctx.needs_input_grad[0] else None
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
         for rows in tiles(len(tokens), ctx.tile):
             x = hidden[rows].to(ctx.product)
-            log_p = wide_product(x, head.T, dtype).div_(ctx.temperature).sub_(log_z[rows, None])
-            p = log_p.exp()
-            dz = torch.zeros_like(p)
-            if d_entropies is not None:
-                dz -= d_entropies[rows, None] * p * (log_p + entropies[rows, None])
-            if d_logps is not None:
-                dz -= p.mul_(d_logps[rows, None])
-                dz.scatter_add_(-1, tokens[rows, None], d_logps[rows, None])
-            dz = dz.div_(ctx.temperature).to(ctx.product)
+            z = wide_product(x, head.T, dtype)
+            given = [None if d is None else d[rows] for d in (d_logps, d_entropies)]
+            dz = ctx.passes.backward(
+                z, tokens[rows], log_z[rows], entropies[rows], *given, ctx.temperature, ctx.product
+            )
+            del z
             if d_hidden is not None:
                 d_hidden[rows] = wide_product(dz, head, dtype)
             if d_weight is not None:
                 d_weight += wide_product(dz.T, x, dtype)
-        d_hidden = None if d_hidden is None else d_hidden.to(hidden.dtype)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 5
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 6
 
 
 def default_tile(weight: torch.Tensor) -> int:
@@ -91,7 +124,8 @@ def token_logprobs_torch(
     with_entropy: bool = True,
     matmul_dtype: torch.dtype | None = None,
     tile: int | None = None,
+    passes: Passes = PLAIN,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Same signature and shapes as `token_logprobs`. `tile`: tokens at once; unset: by the size of the vocabulary."""
     tile = default_tile(weight) if tile is None else tile
-    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy, matmul_dtype)
+    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy, matmul_dtype, passes)

@@ -10,8 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kimi_rl.kernels.logprob.torch_logprob import default_tile, tiles
-from kimi_rl.kernels.product import wide_product
+from kimi_rl.kernels.logprob.torch_logprob import Passes, token_logprobs_torch
 
 BLOCK = 4096  # tokens of the vocabulary that a program reads at a time
 
@@ -72,7 +71,7 @@ def _backward_kernel(
 
 
 def forward_rows(z, tokens, logps, log_z, entropies, temperature: float, with_entropy: bool) -> None:
-    """z [R, V] at temperature 1; writes logps, log_z and entropies, float32 [R]."""
+    """As in `Passes`, in float32."""
     if len(z):
         _forward_kernel[(len(z),)](
             z, tokens, logps, log_z, entropies, 1.0 / temperature, z.stride(0),
@@ -81,7 +80,7 @@ def forward_rows(z, tokens, logps, log_z, entropies, temperature: float, with_en
 
 
 def backward_rows(z, tokens, log_z, entropies, d_logps, d_entropies, temperature: float, dtype) -> torch.Tensor:
-    """dz [R, V] in `dtype`, of logits at temperature 1. A gradient that is None counts as zero."""
+    """As in `Passes`, in float32."""
     dz = torch.empty(z.shape, dtype=dtype, device=z.device)
     if len(z):
         _backward_kernel[(len(z),)](
@@ -96,52 +95,6 @@ def _block(size: int) -> int:
     return min(BLOCK, triton.next_power_of_2(size))
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperature, tile, with_entropy, dtype):
-        ctx.set_materialize_grads(False)
-        head = weight.to(dtype)
-        logps = torch.empty(tokens.shape, dtype=torch.float32, device=hidden.device)
-        log_z, entropies = torch.empty_like(logps), torch.empty_like(logps)
-        for rows in tiles(len(tokens), tile):
-            z = wide_product(hidden[rows].to(dtype), head.T, torch.float32)
-            forward_rows(z, tokens[rows], logps[rows], log_z[rows], entropies[rows], temperature, with_entropy)
-        ctx.save_for_backward(hidden, weight, tokens, log_z, entropies)
-        ctx.temperature, ctx.tile, ctx.dtype, ctx.device_type = temperature, tile, dtype, hidden.device.type
-        return logps, entropies if with_entropy else None
-
-    @staticmethod
-    def backward(ctx, d_logps, d_entropies):
-        # A backward inside autocast would multiply in its dtype.
-        with torch.autocast(ctx.device_type, enabled=False):
-            return _TokenLogprobs._backward(ctx, d_logps, d_entropies)
-
-    @staticmethod
-    def _backward(ctx, d_logps, d_entropies):
-        hidden, weight, tokens, log_z, entropies = ctx.saved_tensors
-        if d_logps is None and d_entropies is None:
-            return (None,) * 7
-        d_logps, d_entropies = (None if d is None else d.contiguous() for d in (d_logps, d_entropies))
-        head = weight.to(ctx.dtype)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in tiles(len(tokens), ctx.tile):
-            x = hidden[rows].to(ctx.dtype)
-            z = wide_product(x, head.T, torch.float32)
-            given = [None if d is None else d[rows] for d in (d_logps, d_entropies)]
-            dz = backward_rows(z, tokens[rows], log_z[rows], entropies[rows], *given, ctx.temperature, ctx.dtype)
-            del z
-            if d_hidden is not None:
-                d_hidden[rows] = wide_product(dz, head, torch.float32)
-            if d_weight is not None:
-                d_weight += wide_product(dz.T, x, torch.float32)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), *(None,) * 5
-
-
-def token_logprobs_triton(
-    hidden, weight, tokens, *, temperature: float = 1.0, with_entropy: bool = True, matmul_dtype=None, tile=None
-):  # fmt: skip
+def token_logprobs_triton(hidden, weight, tokens, **options) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Same signature and shapes as `token_logprobs_torch`; below float64."""
-    tile = default_tile(weight) if tile is None else tile
-    dtype = matmul_dtype or torch.float32
-    return _TokenLogprobs.apply(hidden, weight, tokens, temperature, tile, with_entropy, dtype)
+    return token_logprobs_torch(hidden, weight, tokens, **options, passes=Passes(forward_rows, backward_rows))

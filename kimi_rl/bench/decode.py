@@ -20,7 +20,7 @@ from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.load_save import create_model, save_model
 from kimi_rl.model.modeling import KimiLinearForCausalLM
-from kimi_rl.model.presets import SIZES, build_config, describe
+from kimi_rl.model.presets import SIZES, bare_config, describe
 from kimi_rl.recipe import ModelSection, TokenizerSection
 from kimi_rl.rollout.engine import Request, RolloutEngine, SamplingParams
 from kimi_rl.rollout.worker import build_engine, resolve_engine
@@ -166,8 +166,7 @@ def timed_folder(source: str, longest: int, vocabulary: int | None = None) -> It
                 model = create_model(section, build_tokenizer(TokenizerSection(), []), 0)
             else:
                 torch.manual_seed(0)
-                ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-                model = KimiLinearForCausalLM(build_config(section, vocab_size=vocabulary, **ids))
+                model = KimiLinearForCausalLM(bare_config(section, vocabulary))
             save_model(model, None, original)
             del model
         folder.mkdir()

@@ -24,7 +24,7 @@ from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad
 from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer
 from kimi_rl.model.flops import forward_cost
 from kimi_rl.model.modeling import KimiLinearForCausalLM
-from kimi_rl.model.presets import build_config
+from kimi_rl.model.presets import bare_config
 from kimi_rl.recipe import ModelSection, TokenizerSection
 from kimi_rl.run_dir import describe_environment
 from kimi_rl.tokenizer import build_tokenizer
@@ -108,9 +108,9 @@ def bench_learner(
         counted once a sample whatever the path), `mfu` (3 forwards of the tokens that must be run, over the measured
         peak of a matrix product), `grad_norm`, `first_step_s` (with what it compiles), and memory: on a card the
         allocator's peak, weights and optimizer included, and beside it `card_s`, `launches` and `kernels` of one step
-        (see `card_work`); on a CPU the bytes kept for the backward of the largest
-        micro-batch. `left_out`: why a path was not run. `ratios` of tokens/s, of the median and of the best steps
-        (other load on the machine only ever adds time), and of memory; `shape`, `peak_flops`, and the environment.
+        (see `card_work`); on a CPU the bytes kept for the backward of the largest micro-batch. `left_out`: why a path
+        was not run. `ratios` of tokens/s, of the median and of the best steps (other load on the machine only ever
+        adds time), and of memory; `shape`, `peak_flops`, and the environment.
     """
     if micro_batch_size < 1 or groups * group_size % micro_batch_size:
         raise InputError(
@@ -121,7 +121,7 @@ def bench_learner(
             raise InputError(f"--paths: found {name!r}; use {', '.join((STOCK, *PATHS))}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     section = ModelSection(size=size, arch=arch, mlp=mlp)
-    config = build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = bare_config(section, vocabulary)
     torch.manual_seed(seed)
     model = KimiLinearForCausalLM(config)
     batch = make_batch(

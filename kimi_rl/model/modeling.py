@@ -105,13 +105,7 @@ class RMSNormGated(hf.KimiLinearRMSNormGated):
     """transformers' gated norm with the weight as served; on a card one kernel each way."""
 
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        weight = as_served(self.weight)
-        if choose("rms_norm", hidden_states, has_fla=True) == "fla":
-            return rms_norm(hidden_states, weight, self.variance_epsilon, gate=gate)
-        states = hidden_states.to(compute_dtype(hidden_states))
-        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        states = weight.to(states.dtype) * states * gate.to(states.dtype).sigmoid()
-        return states.to(hidden_states.dtype)
+        return rms_norm(hidden_states, as_served(self.weight), self.variance_epsilon, gate=gate)
 
 
 class MLP(hf.KimiLinearMLP):

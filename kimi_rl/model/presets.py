@@ -147,6 +147,11 @@ def build_config(
     return config
 
 
+def bare_config(section: ModelSection, vocabulary: int) -> KimiLinearConfig:
+    """The configuration of a model that is timed with random token ids and never reads text."""
+    return build_config(section, vocab_size=vocabulary, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+
+
 def recipe_config(recipe: Recipe) -> KimiLinearConfig:
     """The configuration of a recipe's model; loads no weights."""
     section = recipe.model

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_rollout import ragged_prompts
+from test_static_decode import close
 
 from kimi_rl.model.load_save import load_model
 from kimi_rl.model.modeling import FUSED_DECODE
@@ -14,18 +15,6 @@ from kimi_rl.rollout.transformers_engine import TransformersEngine
 pytestmark = pytest.mark.gpu
 
 REQUESTS = [Request(p, 40 + i) for i, p in enumerate(ragged_prompts(12, count=20))]
-
-
-def close(a, b) -> int:
-    """Tokens that agree before roundings lead two loops apart; their log-probs must be close."""
-    compared = 0
-    for x, y in zip(a, b, strict=True):
-        for token, other, p, q in zip(x.token_ids, y.token_ids, x.logprobs, y.logprobs, strict=False):
-            if token != other:
-                break
-            assert abs(p - q) < 0.05
-            compared += 1
-    return compared
 
 
 @pytest.mark.parametrize("arch", ["hybrid", "mla"])

@@ -99,6 +99,21 @@ def served_answers(pool, model, version):
     return [c.token_ids for c in completions]
 
 
+def check_versions(pool, model, transport):
+    """Weights that move three times, each served before the next, by this transport and without a restart."""
+    answers = []
+    for version in range(3):
+        times = pool.update_weights(to_checkpoint(model), version)
+        assert times.transport == transport
+        print(times)
+        answers.append(served_answers(pool, model, version))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    assert len({str(a) for a in answers}) == 3, "weights that move must change the answers"
+    assert pool.restarts == 0
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 @pytest.mark.parametrize("weight_sync", ["auto", "object_store"])
 def test_a_pool_serves_the_new_weights(ray_gpu, small_model, engine, weight_sync):
@@ -110,16 +125,7 @@ def test_a_pool_serves_the_new_weights(ray_gpu, small_model, engine, weight_sync
     pool = RolloutPool(
         **pool_settings(section, model_folder=folder, max_model_len=64, seed=0, threads=2, device="cuda")
     )
-    answers = []
     try:
-        for version in range(3):
-            times = pool.update_weights(to_checkpoint(model), version)
-            assert times.transport == ("object_store" if weight_sync == "object_store" else "cuda_ipc")
-            answers.append(served_answers(pool, model, version))
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-        assert len({str(a) for a in answers}) == 3, "weights that move must change the answers"
-        assert pool.restarts == 0
+        check_versions(pool, model, "object_store" if weight_sync == "object_store" else "cuda_ipc")
     finally:
         pool.close()
