@@ -88,7 +88,7 @@ def write_comparison(
 ) -> tuple[dict[str, Any], list[Panel]]:
     """Write compare.html, curves.csv and compare.json of the runs that are there; returns what is in them."""
     ended = {outcome.run.folder: outcome for outcome in outcomes}
-    runs, curves, records = [], {}, {}
+    runs, curves, records, environments = [], {}, {}, []
     for run in plan.runs:
         folder = out / run.folder
         stored = RunDir(folder)
@@ -99,6 +99,7 @@ def write_comparison(
         entry |= {"folder": run.folder, "held_out": {}, "seconds": None}
         if entry["status"] == "complete":
             summary = stored.summary()
+            environments += stored.environments()
             known = [stage for stage in summary["stages"] if "held_out_accuracy" in stage]  # not of a distill stage
             entry["held_out"] = {stage["name"]: stage["held_out_accuracy"] for stage in known}
             entry["seconds"] = summary["seconds"]
@@ -138,7 +139,7 @@ def write_comparison(
         },
         "runs": runs,
         "warnings": list(warnings),
-        "machine": describe_machine([describe_environment()]),
+        "machine": describe_machine(environments or [describe_environment()]),  # where the runs were made
     }
     panels: list[Panel] = [*curve_panels(curves, arms, plan.reference), *memory_panels(costs)]
     if (out / "decode.json").is_file():

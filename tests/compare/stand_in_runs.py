@@ -34,6 +34,7 @@ def chance(arch: str, seed: int, share: float, gain: float) -> float:
 def make_run(recipe, out: Path, *, resume: bool = False, gain: float = 0.3) -> dict:
     """A stand-in for `kimi_rl.pipeline.train`: writes metrics, evaluations, rollouts, state and summary."""
     run = RunDir.create(out, dump_recipe(recipe), resume=resume)
+    run.write_environment({"python": "3.11.0", "gpus": ["a card elsewhere"]})
     arch, seed = recipe.model.arch, recipe.seed
     draw = np.random.default_rng([seed, arch == "mla"])
     results = []

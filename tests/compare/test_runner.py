@@ -57,6 +57,7 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(ray_local,
     result = compare_module.compare(plan, out)
     assert result["status"] == "complete" and result["comparisons"][0]["seeds"] == [0, 1, 2]
     assert json.loads((out / "compare.json").read_text()) == result
+    assert ["GPUs", "a card elsewhere"] in result["machine"], "the machine that made the runs, not the one that reports"
     page = (out / "compare.html").read_text(encoding="utf-8")
     assert result["comparisons"][0]["conclusion"] in page and "http://" not in page.split("<script>")[0]
     assert {"curves.csv", "curves.png", "comparison.yaml"} <= {path.name for path in out.iterdir()}
