@@ -1,6 +1,11 @@
 """`kimi-rl bench decode` on tiny models: shapes, floors by hand, and what it refuses."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +18,8 @@ from kimi_rl.compare.panels import decode_panels
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.model.presets import build_config, describe
 from kimi_rl.recipe import ModelSection
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -98,9 +105,34 @@ def test_one_layers_step(monkeypatch):
     assert row["batch"] == 3 and row["state_bytes"] == 3 * 8 * 128 * 128 * 4
     assert row["error_ratio"] == 0, "on a CPU the plain form runs"
     assert row["fused_over_floor"] == pytest.approx(row["fused_s"] / row["floor_s"]) and row["parts_s"] > 0
+    assert 0 < row["empty_s"] < row["moved_in_place_s"] < row["fused_s"], "the rungs rise"
 
 
 def test_both_ways_through_a_layer_agree():
     inputs = LayerInputs(5, 2, 16, "cpu", torch.float32, seed=1)
     parts = inputs.parts()
     torch.testing.assert_close(inputs.step(), parts, rtol=1e-5, atol=1e-5)
+
+
+def test_the_rungs_move_every_byte_once():
+    """The kernel of `pieces` and `all_bytes`, interpreted on the CPU: each state and output is scaled, and no other."""
+    pytest.importorskip("triton")
+    code = """
+        import torch
+        from kimi_rl.bench.decode_op import LayerInputs
+        for heads, dim in ((2, 32), (3, 8)):
+            inputs = LayerInputs(3, heads, dim, "cpu", torch.float32, seed=1)
+            state, conv_state = inputs.state.clone(), inputs.conv_state.clone()
+            inputs.pieces(factor=2.0)
+            assert torch.equal(inputs.state, 2 * state) and torch.equal(inputs.conv_state, conv_state)
+            out = inputs.all_bytes(factor=2.0)
+            assert torch.equal(inputs.state, 4 * state) and torch.equal(inputs.conv_state, 2 * conv_state)
+            read = inputs.qkv.unflatten(-1, (3, -1)).sum(1) + inputs.raw_g + inputs.out_gate
+            torch.testing.assert_close(out, 2 * (read + inputs.raw_beta.repeat_interleave(dim, -1)))
+        print("checked")
+    """
+    env = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
+    assert run.stdout.strip().endswith("checked"), run.stderr[-2000:]

@@ -4,6 +4,13 @@ Forms, all in one run, beside the floor (every state read and written once, at t
 `parts`, the kernels one after another as the model runs them; `fused`, `kernels/kda_step`. On a card also `recurrence`,
 fla's `fused_recurrent_kda` alone, and `vllm`, its own alone where it is installed; each form is then timed as a CUDA
 graph, over several sets of inputs that together are larger than the cache. On a CPU `fused` is its plain form.
+
+Rungs between the floor and `fused`, timed in the same way, so that differences say where the time goes:
+`empty`: one element scaled: a launch, with its share of the graph's;
+`moved_in_place`: the states scaled in place by PyTorch. Less the floor: launch, start and end of a kernel;
+`pieces`: the same in the grid and pieces of `fused` (on a card). Less `moved_in_place`: what that grid costs;
+`all_bytes`: that and the conv states, inputs and outputs moved too (on a card). Less `pieces`: bytes that the floor
+leaves out. `fused` less `all_bytes`: the arithmetic, its chain of loads, and the registers both take.
 """
 
 from __future__ import annotations
@@ -66,6 +73,22 @@ class LayerInputs:
         o = torch.nn.functional.rms_norm(o.float(), (o.shape[-1],), self.weights["norm_weight"].float(), EPS)
         return (o * self.out_gate.unflatten(-1, (self.heads, -1)).float().sigmoid()).flatten(1).to(self.qkv.dtype)
 
+    def empty(self) -> None:
+        self.raw_beta[:1, :1].mul_(1.0)
+
+    def moved_in_place(self) -> None:
+        self.state.mul_(1.0)
+
+    def pieces(self, rest: bool = False, factor: float = 1.0) -> torch.Tensor:
+        """States, and with `rest` all else, moved as `fused` moves them, times `factor`."""
+        from kimi_rl.bench.step_bytes import move_step_bytes
+
+        tensors = self.qkv, self.raw_g, self.raw_beta, self.out_gate, self.conv_state, self.state
+        return move_step_bytes(*tensors, rest=rest, factor=factor)
+
+    def all_bytes(self, factor: float = 1.0) -> torch.Tensor:
+        return self.pieces(rest=True, factor=factor)
+
     def recurrence(self) -> torch.Tensor:
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in self.qkv.split(self.width, dim=-1))
         g = self.raw_g.float().unflatten(-1, (self.heads, -1)).clamp(max=0)
@@ -106,7 +129,7 @@ def bench_decode_op(
             sets = [LayerInputs(batch, heads, dim, device, dtype, seed + n) for n in range(count)]
             row = {"batch": batch, "state_bytes": moved // 2, "floor_s": moved / bandwidth}
             row["error_ratio"] = _error_ratio(LayerInputs(batch, heads, dim, device, dtype, seed))
-            for name in ("parts", "fused", *_on_a_card(device)):
+            for name in ("empty", "moved_in_place", "parts", "fused", *_on_a_card(device)):
                 run = LayerInputs.step if name == "fused" else getattr(LayerInputs, name)
                 total = _seconds(lambda run=run, sets=sets: [run(one) for one in sets], repeats, device)
                 row[f"{name}_s"] = total / count
@@ -126,7 +149,7 @@ def bench_decode_op(
 def _on_a_card(device: str) -> list[str]:
     if device != "cuda":
         return []
-    return ["recurrence", *(["vllm"] if _has_vllm_kernels() else [])]
+    return ["pieces", "all_bytes", "recurrence", *(["vllm"] if _has_vllm_kernels() else [])]
 
 
 def _has_vllm_kernels() -> bool:
