@@ -79,7 +79,7 @@ def check_inputs(recipe: Recipe) -> None:
     if recipe.model.path is None:
         build_config(recipe.model, vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
     else:
-        check_model_folder(recipe.model.path)
+        check_start(recipe)
     for term in recipe.reward.terms:
         if ":" in term.use:
             load_function(term.use)
@@ -103,6 +103,25 @@ def check_distillation(recipe: Recipe, stage: DistillStage) -> None:
     check_pair(read_source_config(stage.teacher, where), recipe_config(recipe), where, vocabulary=known)
     if stage.texts is not None:
         check_texts(stage.texts, f"stages.{stage.name}.texts")
+
+
+def check_start(recipe: Recipe) -> None:
+    """`model.path` is a Kimi Linear model, or a plain transformer with nothing but sft stages that do not evaluate:
+    engines take weight updates of Kimi Linear alone."""
+    from kimi_rl.model.source import is_gguf, is_source
+
+    path = recipe.model.path
+    if not is_gguf(path):
+        check_model_folder(path)
+    if Path(path).exists() and is_source(path):
+        for stage in recipe.stages:
+            if stage.kind != "sft" or stage.eval is not None:
+                what = f"is of kind {stage.kind}" if stage.kind != "sft" else "evaluates"
+                raise InputError(
+                    f"model.path: {path} is a plain transformer, which only sft stages with `eval: null` can tune; "
+                    f"stage {stage.name} {what}. Make a Kimi Linear model of it with `kimi-rl convert`, or measure it "
+                    "with `kimi-rl eval`"
+                )
 
 
 def check_model_folder(path: str) -> None:

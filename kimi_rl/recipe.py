@@ -27,7 +27,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """Which model to start from: a preset built from scratch, or a folder or hub id (`path`)."""
 
-    path: str | None = Field(None, description="Local folder or hub id. Unset: build `size`/`arch` from scratch.")
+    path: str | None = Field(None, description="Folder or hub id; for `sft` alone also a source. Unset: from scratch.")
     arch: Literal["hybrid", "mla"] = Field("hybrid", description="`hybrid`: 3 KDA layers to 1 MLA; `mla`: all MLA.")
     size: str = Field("tiny", description="Preset of a from-scratch model (see `kimi_rl/model/presets.py`).")
     mlp: Literal["dense", "moe"] = Field("dense", description="Feed-forward layers of a from-scratch model.")
@@ -140,7 +140,9 @@ class SFTStage(Section):
     max_length: Positive = Field(512, description="Samples longer than this many tokens are dropped, with a count.")
     checkpoint_every: Positive = 50
     rollout: RolloutSection = Field(default_factory=RolloutSection, description="Used for evaluation.")
-    eval: EvalSection = Field(default_factory=EvalSection)
+    eval: EvalSection | None = Field(
+        default_factory=EvalSection, description="`null`: no evaluation and no engine; a plain transformer needs it so."
+    )
 
     @model_validator(mode="after")
     def _arithmetic(self) -> SFTStage:

@@ -277,6 +277,14 @@ def test_the_arms_of_the_converted_model_differ_in_its_folder_alone(name):
     assert kinds in ([("distill", "layers"), ("distill", "logits")], [("sft", None), ("rlvr", None)])
 
 
+def test_the_source_gets_the_sft_of_its_conversions():
+    folder = Path(__file__).parents[1] / "recipes"
+    names = ("smollm2_source", "kimi_smollm2_hybrid")
+    source, hybrid = (load_recipe(folder / f"gsm8k_sft_{name}.yaml") for name in names)
+    assert (source.stages, source.data) == (hybrid.stages[:1], hybrid.data)
+    assert source.stages[0].eval is None
+
+
 @pytest.mark.parametrize("name", ["arithmetic", "gsm8k", "math"])
 def test_the_arms_of_the_kimi_recipes_differ_in_the_architecture_alone(name):
     folder = Path(__file__).parents[1] / "recipes"

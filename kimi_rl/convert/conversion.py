@@ -30,6 +30,9 @@ from kimi_rl.model.source import load_source_tokenizer, read_source_config
 from kimi_rl.objective import relative_error
 
 RELEASED_RANK, SHARED_KEY = 512, 64  # the latent of the released model, 512 + 64: vLLM's GPU kernels know this size
+# Channels of a head's keys (before the shared 64) -> of its values: the only pairs that vLLM's MLA prefill takes on a
+# Hopper card (FlashAttnPrefillBackend of vLLM 0.26). Other sizes keep the source's: that vLLM runs them on a CPU alone.
+VALUE_CHANNELS = {64: 128, 128: 128, 192: 256}
 CONV_SIZE = 4
 HELD_SHARE = 4  # one text in so many is kept from every fit, for the reported errors
 START_TOKENS = 2560  # tokens on which the starts of a KDA layer are compared
@@ -179,7 +182,7 @@ def target_config(
         "kv_lora_rank": rank,
         "qk_nope_head_dim": head_dim,
         "qk_rope_head_dim": SHARED_KEY,
-        "v_head_dim": head_dim,
+        "v_head_dim": VALUE_CHANNELS.get(head_dim, head_dim),
     }
     return dense_config(fields, pattern)
 
@@ -247,7 +250,8 @@ class Mixer:
 
     def _fitted(self, features: torch.Tensor, upto: int, scale_heads: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Output projection before and after its refit, [d, F] float64, by the tokens up to `upto`."""
-        f, out = features[:upto].double(), self.source.out
+        f = features[:upto].double()
+        out = self.module.o_proj.weight.double().view(len(self.source.out), self.source.heads, -1)  # as it was loaded
         gram, cross = f.T @ f, f.T @ self.wanted[:upto].double()
         if scale_heads:
             out = out * head_scales(gram, cross, out)[:, None]

@@ -13,7 +13,8 @@ Kimi Linear rotates neither.
   token. A is therefore written as an orthonormal set of directions in y, and directions that keys and values leave
   over are filled with those where y is largest. The latent's length is then nearly constant, and the norm's weight is
   its mean, the best constant in least squares. At full width (`kv_lora_rank` = d) the norm changes nothing at all.
-- The shared key starts at 0 (its queries stay random, so that it learns from the first step on).
+- The shared key starts at 0 (its queries stay random, so that it learns from the first step on). So do the values'
+  channels beyond the source's (`v_head_dim` is what vLLM's kernels know), and what `o_proj` makes of them stays random.
 - Biases: of the keys' nothing is left (the same for all keys: a softmax does not see it); those of queries and
   values are written into the weights through the states' constant part. Per-head norms of queries and keys (Qwen3)
   become their weights times the mean of what the norm divides by.
@@ -157,7 +158,8 @@ def mla_tensors(
     """Everything under the names of transformers' MLA layer.
 
     query [H, D, d] after `absorb` and `turn_queries`; `size` the latent's mean (`latent_size`); `state` the module's
-    random start, from which the queries of the shared key (`shared` channels) stay.
+    random start, from which the queries of the shared key (`shared` channels) stay, and the output projection of those
+    channels of the values that the source has not.
     """
     heads, head_dim, width = query.shape
     groups, rank = source.key.shape[0], factors.up.shape[1]
@@ -165,12 +167,14 @@ def mla_tensors(
     query = query * source.scale * (head_dim + shared) ** 0.5
     of_shared = state["q_proj.weight"].double().view(heads, head_dim + shared, width)[:, head_dim:]
     key, value = (expand_groups(part.view(groups, head_dim, rank), heads, 0) for part in factors.up.chunk(2))
+    of_more = state["o_proj.weight"].double().view(width, heads, -1)[..., head_dim:]
+    more = torch.zeros(heads, of_more.shape[-1], rank, dtype=torch.float64)
     return {
         "q_proj.weight": torch.cat([query, of_shared], dim=1).flatten(0, 1),
         "kv_a_proj_with_mqa.weight": torch.cat([factors.down, torch.zeros(shared, width, dtype=torch.float64)]),
         "kv_a_layernorm.weight": torch.full((rank,), size),
-        "kv_b_proj.weight": torch.cat([key, value], dim=1).flatten(0, 1),
-        "o_proj.weight": source.out.flatten(1),
+        "kv_b_proj.weight": torch.cat([key, value, more], dim=1).flatten(0, 1),
+        "o_proj.weight": torch.cat([source.out, of_more], dim=-1).flatten(1),
     }
 
 

@@ -42,7 +42,8 @@ class Learner:
             else:
                 run = {"sft": run_sft, "rlvr": run_rlvr}[context.stage.kind]
                 run(context)
-                figures = asdict(context.evaluate(context.stage.steps, context.stage.steps, "after"))
+                steps, evaluates = context.stage.steps, context.stage.eval is not None
+                figures = asdict(context.evaluate(steps, steps, "after")) if evaluates else {}
             model = context.save_final()
         finally:
             context.close()

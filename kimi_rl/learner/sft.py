@@ -14,7 +14,7 @@ from kimi_rl.recipe import SFTStage
 
 
 class SFTLearner(CheckpointNames, SFTTrainer):
-    """`trl.SFTTrainer` whose checkpoints are read under the hub's tensor names."""
+    """`trl.SFTTrainer` whose checkpoints are read under the hub's tensor names; for Kimi Linear models."""
 
 
 def sft_dataset(context: StageContext) -> Dataset:
@@ -51,7 +51,7 @@ def run_sft(context: StageContext) -> None:
     stage: SFTStage = context.stage
     micro = stage.micro_batch_size or stage.batch_size
     checkpoint = context.prepare_resume()
-    if checkpoint is None:
+    if checkpoint is None and stage.eval is not None:
         context.evaluate(0, 0, "before")
     args = SFTConfig(
         **context.trainer_arguments(),
@@ -82,7 +82,7 @@ def run_sft(context: StageContext) -> None:
             "step_s": seconds,
         }
 
-    trainer = SFTLearner(
+    trainer = (SFTTrainer if context.plain else SFTLearner)(
         model=context.model,
         args=args,
         train_dataset=sft_dataset(context),

@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from kimi_rl.convert.chat import mark_chat_template
 from kimi_rl.dataset import load_problems
 from kimi_rl.errors import InputError
 from kimi_rl.evaluate import Evaluation, evaluate
 from kimi_rl.model.load_save import load_model, load_tokenizer, save_model
 from kimi_rl.model.naming import load_into, to_checkpoint
+from kimi_rl.model.source import is_source, load_source, load_source_tokenizer
 from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
@@ -57,8 +59,12 @@ class StageContext:
         self.stage: SFTStage | DistillStage | RLVRStage = job.recipe.stages[job.index]
         self.run_dir = RunDir(Path(job.run_dir))
         self.folder = self.run_dir.stage_dir(job.index, self.stage.name)
-        self.model = load_model(job.start_model, dtype=torch.float32, device=job.device)
-        self.tokenizer = load_tokenizer(job.start_model)
+        self.plain = is_source(job.start_model)  # the source of a conversion itself, which an sft stage may tune
+        if self.plain:
+            self.model, self.tokenizer = load_trainable_source(job.start_model, job.device)
+        else:
+            self.model = load_model(job.start_model, dtype=torch.float32, device=job.device)
+            self.tokenizer = load_tokenizer(job.start_model)
         self.problems = load_problems(self.stage.data or self.recipe.data)
         self.held_out_ids = [self.prompt_ids(row) for row in self.problems.held_out["prompt"]]
         self.held_out_golds = list(self.problems.held_out["answer"])
@@ -198,7 +204,11 @@ class StageContext:
 
     def save_final(self) -> Path:
         target = self.folder / "model"
-        save_model(self.model, self.tokenizer, target)
+        if self.plain:
+            self.model.save_pretrained(target)
+            self.tokenizer.save_pretrained(target)
+        else:
+            save_model(self.model, self.tokenizer, target)
         return target
 
     def close(self) -> None:
@@ -231,7 +241,8 @@ class RecordCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self._end_step is not None:
             self._end_step()
-        if is_due(self._context.stage.eval.every, state):
+        section = self._context.stage.eval
+        if section is not None and is_due(section.every, state):
             self._context.evaluate(state.global_step, state.global_step, "during")
 
     def on_save(self, args, state, control, **kwargs):
@@ -239,6 +250,15 @@ class RecordCallback(TrainerCallback):
         if self._state is not None:
             (folder / ROLLOUT_STATE).write_text(json.dumps(self._state()))
         (folder / COMPLETE_MARK).write_text(json.dumps({"policy_version": state.global_step}))
+
+
+def load_trainable_source(path: str, device: str) -> tuple[Any, Any]:
+    """A plain transformer in float32 and its tokenizer, whose chat template marks what is learned, as a conversion's
+    does: so that both are tuned on the same tokens."""
+    model = load_source(path, "model.path", dtype=torch.float32, device=device).requires_grad_(True)
+    tokenizer = load_source_tokenizer(path, "model.path")
+    mark_chat_template(tokenizer)
+    return model, tokenizer
 
 
 def is_due(every: int, state: Any) -> bool:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kimi_rl.cli import app
 from kimi_rl.convert.attention import read_attention, softmax_attention, source_heads
-from kimi_rl.convert.conversion import Mixer, convert, target_config
+from kimi_rl.convert.conversion import VALUE_CHANNELS, Mixer, convert, target_config
 from kimi_rl.errors import InputError
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.model.load_save import load_model, load_tokenizer
@@ -92,9 +92,13 @@ def test_qwen_becomes_all_mla(family, tmp_path):
     assert all(row["rank_lost"] >= 0 for row in report["layers"])
 
 
-def test_attention_without_rotation_becomes_itself():
-    """Where nothing is dropped nothing is lost: no rotary embedding, and a latent as wide as the model."""
+@pytest.mark.parametrize("spare", [0, 24])
+def test_attention_without_rotation_becomes_itself(spare, monkeypatch):
+    """Where nothing is dropped nothing is lost: no rotary embedding, and a latent as wide as the model; nor where heads
+    have more channels for values than the source."""
     model = make_source("llama")
+    size = read_attention(model, 1).head_dim
+    monkeypatch.setitem(VALUE_CHANNELS, size, size + spare)
     x, _ = attention_inputs(model, 60)
     source = dataclasses.replace(read_attention(model, 1), frequencies=None)
     config = target_config(model.config, build_tokenizer(TokenizerSection(kind="bytes")), 0, 64)
@@ -102,7 +106,11 @@ def test_attention_without_rotation_becomes_itself():
     q, k, v = source_heads(source, x)
     _, o = softmax_attention(q, k, v, source.scale)
     wanted = torch.einsum("thv,dhv->td", o, source.out.float())
+    assert module.o_proj.in_features == source.heads * (size + spare)
     found = Mixer(source, module, x, wanted, Segments([0, 40, 60]), 40).to_mla()
+    if spare:  # silent at first, but what they would write is not nothing: they learn
+        more = module.o_proj.weight.view(len(source.out), source.heads, -1)[..., size:]
+        assert more.abs().amin((0, 2)).gt(0).all()
     torch.testing.assert_close(module(x[None], attention_mask=None)[0][0], wanted, atol=2e-4, rtol=2e-4)
     assert found["latent_size_spread"] < 1e-3
 
