@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
+
+
+def to_device(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A CPU tensor on `device`; the host does not wait for a card to take it."""
+    if torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Segments:
@@ -39,6 +46,7 @@ class Segments:
                     f"others name one of these {self.roots}"
                 )
         self.parents = tuple(parents)
+        self._tables: dict[tuple[str, int], torch.Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -59,7 +67,38 @@ class Segments:
     @cached_property
     def cu_seqlens(self) -> torch.Tensor:
         """`bounds` as int64 [N + 1] on the device. Always the same tensor: fla keeps what it derives from one."""
-        return torch.tensor(self.bounds, device=self.device)
+        return to_device(self.cu_seqlens_cpu, self.device)
+
+    @cached_property
+    def cu_seqlens_cpu(self) -> torch.Tensor:
+        """The same on the host, where fla counts chunks without a read from the card."""
+        return torch.tensor(self.bounds)
+
+    def chunk_indices(self, size: int) -> torch.Tensor:
+        """int64 [chunks, 2]: sequence, and place in it, of every chunk of up to `size` tokens. Made once."""
+        return self._made(("chunks", size), lambda: self._chunks(size))
+
+    def _chunks(self, size: int) -> torch.Tensor:
+        counts = (self.cu_seqlens_cpu.diff() + size - 1) // size
+        sequence = torch.repeat_interleave(torch.arange(len(self)), counts)
+        return torch.stack([sequence, torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]], dim=1)
+
+    def before(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 and bool [N, count]: the places of the `count` tokens before each sequence's first, and whether there
+        is one: its parent's last tokens, or none. Made once."""
+        places = self._made(("before", count), lambda: self._before(count).clamp(min=0))
+        return places, self._made(("is before", count), lambda: self._before(count) >= 0)
+
+    def _before(self, count: int) -> torch.Tensor:
+        ends = torch.tensor([self.bounds[parent + 1] for parent in self.parents])
+        starts = torch.tensor([self.bounds[parent] if parent >= 0 else self.length for parent in self.parents])
+        places = ends[:, None] - count + torch.arange(count)
+        return torch.where(places >= starts[:, None], places, -1)
+
+    def _made(self, key: tuple[str, int], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if key not in self._tables:
+            self._tables[key] = to_device(make(), self.device)
+        return self._tables[key]
 
     @cached_property
     def starting(self) -> Segments:
@@ -76,7 +115,7 @@ class Segments:
     @cached_property
     def parent_of_continuing(self) -> torch.Tensor:
         """int64 [N - roots]: for each continuing sequence its parent."""
-        return torch.tensor(self.parents[self.roots :], dtype=torch.long, device=self.device)
+        return to_device(torch.tensor(self.parents[self.roots :], dtype=torch.long), self.device)
 
     @cached_property
     def sequence_of_token(self) -> torch.Tensor:
@@ -88,4 +127,4 @@ class Segments:
     @cached_property
     def parent_of_token(self) -> torch.Tensor:
         """int64 [T], -1 where the token's sequence has no parent."""
-        return torch.tensor(self.parents, device=self.device)[self.sequence_of_token]
+        return to_device(torch.tensor(self.parents), self.device)[self.sequence_of_token]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from kimi_rl.kernels.dispatch import choose
@@ -20,6 +22,7 @@ def kda_chunk(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     use_qk_l2norm: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -28,7 +31,8 @@ def kda_chunk(
     q, k [B, T, H, K]; v [B, T, H, V]; g [B, T, H, K], the log decay (at most 0, any size: there is no
     overflow); beta [B, T, H] in [0, 1], after the sigmoid. `scale` multiplies q (default K^-0.5).
     `use_qk_l2norm` normalises q and k per head first. `cu_seqlens` [N+1] marks N sequences packed along T
-    (then B is 1); nothing crosses a border. `initial_state` [N, H, K, V] (N = B without packing).
+    (then B is 1); nothing crosses a border; `cu_seqlens_cpu`, the same on the host, spares fla a read from the card.
+    `initial_state` [N, H, K, V] (N = B without packing).
     `chunk_size`, a power of two, is an upper bound for the PyTorch form, which picks what is fastest; fla
     takes 32 or 64.
     Returns o [B, T, H, V] in v's dtype, and the state after each sequence's last token, [N,
@@ -49,7 +53,9 @@ def kda_chunk(
         raise ValueError(f"kda_chunk: initial_state {tuple(initial_state.shape)} must be {expected}")
     choice = choose("kda_chunk", q, has_fla=True)
     if choice == "fla":
-        from kimi_rl.kernels.kda_chunk.fla import kda_chunk_fla as run
+        from kimi_rl.kernels.kda_chunk.fla import kda_chunk_fla
+
+        run = functools.partial(kda_chunk_fla, cu_seqlens_cpu=cu_seqlens_cpu)
     else:
         run = kda_chunk_torch if choice == "torch" else kda_reference
     # Under autocast the matrix products of the delta rule would silently drop to bf16.

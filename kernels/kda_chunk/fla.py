@@ -16,6 +16,7 @@ def kda_chunk_fla(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens_cpu: torch.Tensor | None = None,
     use_qk_l2norm: bool = True,
     chunk_size: int = 64,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -43,6 +44,7 @@ def kda_chunk_fla(
         output_final_state=output_final_state,
         use_qk_l2norm_in_kernel=use_qk_l2norm,
         cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(device=q.device, dtype=torch.long),
+        cu_seqlens_cpu=cu_seqlens_cpu,
         chunk_size=32 if chunk_size == 32 else 64,  # the two sizes that fla has
     )
     return o, state if output_final_state else None

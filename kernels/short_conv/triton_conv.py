@@ -231,9 +231,10 @@ def _d_history(d: torch.Tensor, weight: torch.Tensor, layout: Layout) -> torch.T
     place = layout.bounds[:-1, None] + torch.arange(count, device=d.device)
     inside = place < layout.bounds[1:, None]
     rows = d[place.where(inside, 0)].float() * inside[..., None]  # [N, W-1, C]
-    wide = weight.float()
-    slots = [sum(rows[:, m] * wide[:, j - m] for m in range(j + 1)) for j in range(count)]
-    return torch.stack(slots, dim=-1) if slots else d.new_zeros(len(place), d.shape[1], 0)
+    slot = torch.arange(count, device=d.device)
+    ahead = slot[:, None] - slot  # [j, m]
+    taps = weight.float()[:, ahead.clamp(min=0)] * (ahead >= 0)  # [C, j, m]
+    return (rows.transpose(1, 2)[:, :, None] * taps).sum(-1)
 
 
 def short_conv_triton(

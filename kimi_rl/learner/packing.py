@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kimi_rl.kernels.segments import Segments
+from kimi_rl.kernels.segments import Segments, to_device
 from kimi_rl.model.flops import ForwardCost
 from kimi_rl.model.modeling import NO_MASKS, KimiLinearForCausalLM
 
@@ -29,7 +29,7 @@ class Sample:
     prompt: torch.Tensor
     completion: torch.Tensor
     columns: torch.Tensor
-    key: tuple[int, ...]
+    key: bytes  # hashed once, unlike a tuple
 
     @property
     def length(self) -> int:
@@ -83,13 +83,13 @@ def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_widt
         prompt = prompts[row, prompt_mask[row]]
         if not len(prompt):
             raise ValueError(f"row {row}: a completion of {len(columns)} tokens without a prompt before it")
-        samples.append(Sample(row, prompt, completions[row, columns], columns, tuple(prompt.tolist())))
+        samples.append(Sample(row, prompt, completions[row, columns], columns, prompt.numpy().tobytes()))
     return samples
 
 
 def group_by_prompt(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Samples of the same prompt together, in order of first appearance."""
-    groups: dict[tuple[int, ...], list[Sample]] = {}
+    groups: dict[bytes, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.key, []).append(sample)
     return list(groups.values())
@@ -138,11 +138,15 @@ def plan(samples: Sequence[Sample], budget: int, cost: ForwardCost, *, share_pro
 def _cut(group: list[Sample], budget: int, share_prompts: bool) -> list[list[Sample]]:
     """Parts of at most `budget` tokens of a group; in order, each as full as it gets."""
     parts: list[list[Sample]] = []
+    used = 0
     for sample in group:
-        if parts and tokens_of([*parts[-1], sample], share_prompts) <= budget:
+        more = len(sample.completion) if share_prompts else sample.length
+        if parts and used + more <= budget:
             parts[-1].append(sample)
+            used += more
         else:
             parts.append([sample])
+            used = sample.length
     return parts
 
 
@@ -198,13 +202,13 @@ def _pack_shared(groups: list[list[Sample]], device: torch.device | str) -> Pack
 def _pack(samples, pieces, positions, places, segments: Segments, device) -> Pack:
     rows = [torch.full_like(sample.columns, sample.row) for sample in samples]
     return Pack(
-        input_ids=torch.cat(pieces).unsqueeze(0).to(device),
+        input_ids=to_device(torch.cat(pieces).unsqueeze(0), device),
         segments=segments,
-        positions=torch.cat(positions).unsqueeze(0).to(device),
-        scored_places=torch.cat(places).to(device),
-        scored_tokens=torch.cat([sample.completion for sample in samples]).to(device),
-        rows=torch.cat(rows).to(device),
-        columns=torch.cat([sample.columns for sample in samples]).to(device),
+        positions=to_device(torch.cat(positions).unsqueeze(0), device),
+        scored_places=to_device(torch.cat(places), device),
+        scored_tokens=to_device(torch.cat([sample.completion for sample in samples]), device),
+        rows=to_device(torch.cat(rows), device),
+        columns=to_device(torch.cat([sample.columns for sample in samples]), device),
     )
 
 

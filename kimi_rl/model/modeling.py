@@ -29,6 +29,7 @@ from transformers.utils import ModelOutput
 
 from kimi_rl.kernels.dispatch import choose, compute_dtype
 from kimi_rl.kernels.kda_chunk import kda_chunk
+from kimi_rl.kernels.kda_chunk.fla_shared import kda_shared_fla, runs_in_one_pass
 from kimi_rl.kernels.kda_decode import kda_decode
 from kimi_rl.kernels.kda_gate import kda_gate
 from kimi_rl.kernels.kda_step import kda_step
@@ -227,28 +228,26 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
     ) -> torch.Tensor:
         """Sequences of a packed row: [1, T, H, V]. Those that go on from another start from its last state."""
 
-        def run(tokens: slice, part: Segments, conv_state=None, state=None, end: bool = False):
-            q, k, v, tail = self._convolve(
-                qkv[:, tokens], initial_state=conv_state, output_final_state=end, cu_seqlens=part.cu_seqlens
-            )
-            o, state = kda_chunk(
-                q,
-                k,
-                v,
-                g[:, tokens],
-                beta[:, tokens],
-                initial_state=state,
-                output_final_state=end,
-                cu_seqlens=part.cu_seqlens,
-            )
-            return o, tail, state
-
+        history = None
+        if segments.continuing is not None:
+            places, there = segments.before(self.conv_kernel_size - 1)
+            history = (qkv[0, places] * there[..., None]).transpose(1, 2)  # [N, C, W-1]
+        q, k, v, _ = self._convolve(qkv, initial_state=history, cu_seqlens=segments.cu_seqlens)
         if segments.continuing is None:
-            return run(slice(None), segments)[0]
-        first, tails, states = run(slice(0, segments.border), segments.starting, end=True)
-        of = segments.parent_of_continuing
-        second, _, _ = run(slice(segments.border, None), segments.continuing, tails[of], states[of])
+            return kda_chunk(q, k, v, g, beta, **_borders(segments))[0]
+        if runs_in_one_pass(q):
+            return kda_shared_fla(q, k, v, g, beta, segments)
+        # `split`, for the way back from two slices would fill two rows with zeros and add them.
+        sizes = [segments.border, segments.length - segments.border]
+        prompts, completions = zip(*(x.split(sizes, dim=1) for x in (q, k, v, g, beta)), strict=True)
+        first, states = kda_chunk(*prompts, output_final_state=True, **_borders(segments.starting))
+        states = states[segments.parent_of_continuing]
+        second, _ = kda_chunk(*completions, initial_state=states, **_borders(segments.continuing))
         return torch.cat([first, second], dim=1)
+
+
+def _borders(segments: Segments) -> dict[str, torch.Tensor]:
+    return {"cu_seqlens": segments.cu_seqlens, "cu_seqlens_cpu": segments.cu_seqlens_cpu}
 
 
 class LatentAttention(hf.KimiLinearAttention):

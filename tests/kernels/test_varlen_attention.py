@@ -138,3 +138,12 @@ def test_bad_segments_are_named(bounds, parents, message):
 def test_segments_that_do_not_cover_the_row_are_refused():
     with pytest.raises(ValueError, match="packed length 9"):
         varlen_attention(*(x.detach() for x in make_inputs(9)), segments_of([8]), scale=1.0)
+
+
+def test_what_lies_before_a_sequence_and_its_chunks():
+    """A prompt of two tokens has no third before its completion."""
+    segments = Segments([0, 5, 7, 10, 14], [-1, -1, 0, 1])
+    places, there = segments.before(3)
+    assert [p[t].tolist() for p, t in zip(places, there, strict=True)] == [[], [], [2, 3, 4], [5, 6]]
+    assert there[3].tolist() == [False, True, True]
+    assert segments.chunk_indices(4).tolist() == [[0, 0], [0, 1], [1, 0], [2, 0], [3, 0]]
