@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from kimi_rl.errors import InputError
 from kimi_rl.learner.sft import run_sft
 from kimi_rl.learner.stage import COMPLETE_MARK, StageContext, StageJob
-from kimi_rl.model.source import is_source, load_source_tokenizer
+from kimi_rl.model.source import forget_quantization, is_source, load_source, load_source_tokenizer
 from kimi_rl.pipeline import check_inputs
 from kimi_rl.recipe import Recipe, TokenizerSection
 from kimi_rl.recipe_load import dump_recipe
@@ -80,3 +80,13 @@ def test_a_gguf_folder_is_a_start_too(tmp_path):
     check_inputs(recipe(tmp_path, SFT))
     with pytest.raises(InputError, match="is a plain transformer"):
         check_inputs(recipe(tmp_path, {**SFT, "eval": {}}))
+
+
+def test_weights_of_a_gguf_file_are_plain_and_may_be_trained(source, tmp_path):
+    model = load_source(str(source), "x", dtype=torch.float32, device="cpu")
+    model.is_quantized, model.quantization_method = True, "gguf"  # as transformers leaves them, dequantised or not
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    with pytest.raises(ValueError, match="quantized"):
+        Trainer(model=model, args=arguments)
+    forget_quantization(model)
+    Trainer(model=model, args=arguments)

@@ -76,11 +76,18 @@ def load_source(
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, attn_implementation=attention, **gguf)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise InputError(f"{where}: cannot load {path}: {one_line(error, 300)}") from error
-    if gguf:  # the weights are out of their quantisation; transformers would still refuse to save them
-        model.hf_quantizer = None
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    if gguf:
+        forget_quantization(model)
     return model.to(device).eval().requires_grad_(False)
+
+
+def forget_quantization(model: PreTrainedModel) -> None:
+    """For weights of a GGUF file, which are plain by now: transformers would still refuse to save or to train them."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def load_source_tokenizer(path: str, where: str) -> PreTrainedTokenizerBase:
