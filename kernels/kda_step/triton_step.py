@@ -14,36 +14,41 @@ import triton.language as tl
 
 
 @triton.jit
-def _convolved(
+def _conv_inputs(
     new_ptr, conv_state_ptr, weight_ptr, row, slot, channel, first, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    stride_new, stride_slot, stride_channel, stride_time, stride_weight,
-    LENGTH: tl.constexpr, LENGTH_BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    stride_new, stride_slot, stride_channel, stride_time, stride_weight, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """SiLU of the convolution of one head's channels [BLOCK]. Moves their conv state on.
+    """The newest input of one head's channels [BLOCK], those its state keeps and its weights, a tuple of [BLOCK] each.
 
     `channel`: the first of the head's channels among all; `first`: among those of `new_ptr`.
     """
     at = tl.arange(0, BLOCK)
     real = at < SIZE
-    new = tl.load(new_ptr + row * stride_new + first + at, mask=real, other=0.0).to(tl.float32)
-    time = tl.arange(0, LENGTH_BLOCK)
-    place = conv_state_ptr + slot * stride_slot + (channel + at)[:, None] * stride_channel + time[None, :] * stride_time
-    old = tl.load(place, mask=real[:, None] & (time < LENGTH)[None, :], other=0.0).to(tl.float32)
-    # Input `time` of the state meets tap time - (LENGTH - (WIDTH - 1)); the newest input meets the last.
-    tap = time - (LENGTH - WIDTH + 1)
-    weights = tl.load(
-        weight_ptr + (channel + at)[:, None] * stride_weight + tap[None, :],
-        mask=real[:, None] & ((tap >= 0) & (time < LENGTH))[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    last = tl.load(weight_ptr + (channel + at) * stride_weight + WIDTH - 1, mask=real, other=0.0).to(tl.float32)
-    y = tl.sum(old * weights, axis=1) + new * last
-    # The state moves on by one: read again, one later, rather than moved between threads.
-    moved = tl.load(place + stride_time, mask=real[:, None] & (time < LENGTH - 1)[None, :], other=0.0).to(tl.float32)
-    moved = tl.where((time == LENGTH - 1)[None, :], new[:, None], moved)
-    # Small rows lie in several warps at once: none may store before all have read.
-    tl.debug_barrier()
-    tl.store(place, moved.to(conv_state_ptr.dtype.element_ty), mask=real[:, None] & (time < LENGTH)[None, :])
+    new = tl.load(new_ptr + row * stride_new + first + at, mask=real, other=0.0)
+    place = conv_state_ptr + slot * stride_slot + (channel + at) * stride_channel
+    old = ()
+    for time in tl.static_range(LENGTH):
+        old = old + (tl.load(place + time * stride_time, mask=real, other=0.0),)
+    weights = ()
+    for tap in tl.static_range(WIDTH):
+        weights = weights + (tl.load(weight_ptr + (channel + at) * stride_weight + tap, mask=real, other=0.0),)
+    return new, old, weights
+
+
+@triton.jit
+def _convolved(
+    new, old, weights, conv_state_ptr, slot, channel, SIZE: tl.constexpr, BLOCK: tl.constexpr,
+    stride_slot, stride_channel, stride_time, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the convolution of what `_conv_inputs` read. Moves the conv state on by one."""
+    at = tl.arange(0, BLOCK)
+    place = conv_state_ptr + slot * stride_slot + (channel + at) * stride_channel
+    y = new.to(tl.float32) * weights[WIDTH - 1].to(tl.float32)
+    for tap in tl.static_range(WIDTH - 1):
+        y += old[LENGTH - WIDTH + 1 + tap].to(tl.float32) * weights[tap].to(tl.float32)
+    for time in tl.static_range(LENGTH - 1):
+        tl.store(place + time * stride_time, old[time + 1], mask=at < SIZE)
+    tl.store(place + (LENGTH - 1) * stride_time, new.to(conv_state_ptr.dtype.element_ty), mask=at < SIZE)
     return y * tl.sigmoid(y)
 
 
@@ -57,7 +62,7 @@ def _step_kernel(
     stride_state_slot, stride_state_head, stride_state_v, stride_state_k,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PREFETCH: tl.constexpr,
-    LENGTH: tl.constexpr, LENGTH_BLOCK: tl.constexpr, WIDTH: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    LENGTH: tl.constexpr, WIDTH: tl.constexpr, SMALL: tl.constexpr, HAS_SLOTS: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
@@ -72,7 +77,7 @@ def _step_kernel(
         tl.store(out_place, tl.zeros([V_BLOCK], dtype=out_ptr.dtype.element_ty), mask=real_v)
         return
 
-    # The first piece of the state first: its load is long, and all that follows until its use hides behind it.
+    # Every load of the program but the later pieces', before anything waits for one. The first piece first.
     PIECES: tl.constexpr = V_BLOCK // ROWS
     piece_rows = tl.arange(0, ROWS)
     state_place = (
@@ -84,26 +89,48 @@ def _step_kernel(
     )
     state = tl.load(state_place, mask=(piece_rows < V)[:, None] & real_k[None, :], other=0.0)
 
-    q = _convolved(
+    new_q, old_q, weights_q = _conv_inputs(
         q_ptr, conv_state_ptr, conv_weight_ptr, row, slot, head * K, head * K, K, K_BLOCK,
-        stride_q, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
+        stride_q, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, WIDTH,
+    )  # fmt: skip
+    new_k, old_k, weights_k = _conv_inputs(
+        k_ptr, conv_state_ptr, conv_weight_ptr, row, slot, (HEADS + head) * K, head * K, K, K_BLOCK,
+        stride_k, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, WIDTH,
+    )  # fmt: skip
+    new_v, old_v, weights_v = _conv_inputs(
+        v_ptr, conv_state_ptr, conv_weight_ptr, row, slot, 2 * HEADS * K + head * V, head * V, V, V_BLOCK,
+        stride_v, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, WIDTH,
+    )  # fmt: skip
+    raw = tl.load(g_ptr + row * stride_g + head * K + over_k, mask=real_k, other=0.0)
+    bias = tl.load(dt_bias_ptr + head * K + over_k, mask=real_k, other=0.0)
+    a_log = tl.load(a_log_ptr + head).to(tl.float32)
+    raw_beta = tl.load(beta_ptr + row * stride_beta + head).to(tl.float32)
+    gate = tl.load(gate_ptr + row * stride_gate + head * V + over_v, mask=real_v, other=0.0)
+    norm_weight = tl.load(norm_weight_ptr + over_v, mask=real_v, other=0.0)
+
+    if SMALL:
+        # A channel lies in several threads at once: none may store before all have read.
+        tl.debug_barrier()
+    q = _convolved(
+        new_q, old_q, weights_q, conv_state_ptr, slot, head * K, K, K_BLOCK,
+        stride_conv_slot, stride_conv_channel, stride_conv_time, LENGTH, WIDTH,
     )  # fmt: skip
     k = _convolved(
-        k_ptr, conv_state_ptr, conv_weight_ptr, row, slot, (HEADS + head) * K, head * K, K, K_BLOCK,
-        stride_k, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
+        new_k, old_k, weights_k, conv_state_ptr, slot, (HEADS + head) * K, K, K_BLOCK,
+        stride_conv_slot, stride_conv_channel, stride_conv_time, LENGTH, WIDTH,
     )  # fmt: skip
     v = _convolved(
-        v_ptr, conv_state_ptr, conv_weight_ptr, row, slot, 2 * HEADS * K + head * V, head * V, V, V_BLOCK,
-        stride_v, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, LENGTH_BLOCK, WIDTH,
+        new_v, old_v, weights_v, conv_state_ptr, slot, 2 * HEADS * K + head * V, V, V_BLOCK,
+        stride_conv_slot, stride_conv_channel, stride_conv_time, LENGTH, WIDTH,
     )  # fmt: skip
 
     q = q * tl.rsqrt(tl.sum(q * q, axis=0) + 1e-6) * scale
     k = k * tl.rsqrt(tl.sum(k * k, axis=0) + 1e-6)
-    raw = tl.load(g_ptr + row * stride_g + head * K + over_k, mask=real_k, other=0.0).to(tl.float32)
-    raw += tl.load(dt_bias_ptr + head * K + over_k, mask=real_k, other=0.0).to(tl.float32)
+    kq = tl.sum(k * q, axis=0)
+    raw = raw.to(tl.float32) + bias.to(tl.float32)
     softplus = tl.where(raw > 20.0, raw, tl.log(1.0 + tl.exp(tl.minimum(raw, 20.0))))
-    decay = tl.exp(-tl.exp(tl.load(a_log_ptr + head).to(tl.float32)) * softplus)
-    beta = tl.sigmoid(tl.load(beta_ptr + row * stride_beta + head).to(tl.float32))
+    decay = tl.exp(-tl.exp(a_log) * softplus)
+    beta = tl.sigmoid(raw_beta)
 
     which = tl.arange(0, PIECES)[:, None]
     v_pieces = tl.reshape(v, [PIECES, ROWS])
@@ -118,24 +145,28 @@ def _step_kernel(
             state = tl.load(place, mask=real_state, other=0.0)
         v_piece = tl.sum(tl.where(which == piece, v_pieces, 0.0), axis=0)
         state = state * decay[None, :]
+        # Both sums over the decayed state, so that neither waits for the other: (S + e k) q = S q + e (k q).
         error = (v_piece - tl.sum(state * k[None, :], axis=1)) * beta
-        state = state + error[:, None] * k[None, :]
-        tl.store(place, state, mask=real_state)
-        o_piece = tl.sum(state * q[None, :], axis=1)
+        o_piece = tl.sum(state * q[None, :], axis=1) + error * kq
+        tl.store(place, state + error[:, None] * k[None, :], mask=real_state)
         o_pieces = tl.where(which == piece, o_piece[None, :], o_pieces)
         if PREFETCH:
             state = following
 
     o = tl.reshape(o_pieces, [V_BLOCK])
     o = o * tl.rsqrt(tl.sum(tl.where(real_v, o * o, 0.0), axis=0) / V + eps)
-    o = o * tl.load(norm_weight_ptr + over_v, mask=real_v, other=0.0).to(tl.float32)
-    gate = tl.load(gate_ptr + row * stride_gate + head * V + over_v, mask=real_v, other=0.0).to(tl.float32)
-    tl.store(out_place, (o * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty), mask=real_v)
+    o = o * norm_weight.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
+    tl.store(out_place, o.to(out_ptr.dtype.element_ty), mask=real_v)
 
 
 # Rows of the state in one piece, whether the next piece is read ahead, warps of a program, and most registers of a
-# thread. The fastest of 30 combinations on an H100 80GB at batch 64, 256 and 1,024.
-LAUNCH = (16, True, 2, None)
+# thread: the fastest found on an H100 80GB, up to 1,024 programs (a program is a head of a sequence) and above.
+LAUNCH_FEW, LAUNCH_MANY = (16, True, 2, None), (32, True, 4, None)
+
+
+def launch_for(programs: int) -> tuple[int, bool, int, int | None]:
+    """How the kernel is launched for `programs` heads of all sequences together."""
+    return LAUNCH_FEW if programs <= 1024 else LAUNCH_MANY
 
 
 def kda_step_triton(
@@ -145,7 +176,7 @@ def kda_step_triton(
 ):  # fmt: skip
     """Same signature and shapes as `kda_step`. The host reads no tensor, so a CUDA graph can hold it.
 
-    `launch` as `LAUNCH`.
+    `launch`: in place of `launch_for`'s.
     """
     heads, value_dim = A_log.numel(), norm_weight.numel()
     key_dim, width, length = k.shape[-1] // heads, conv_weight.shape[-1], conv_state.shape[-1]
@@ -156,7 +187,7 @@ def kda_step_triton(
     rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, raw_g, raw_beta, out_gate)]
     conv_weight = conv_weight if conv_weight.stride(-1) == 1 else conv_weight.contiguous()
     out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
-    rows_of_piece, prefetch, warps, registers = launch or LAUNCH
+    rows_of_piece, prefetch, warps, registers = launch or launch_for(q.shape[0] * heads)
     blocks = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     _step_kernel[(q.shape[0] * heads,)](
         *rows, conv_state, state, out,
@@ -165,7 +196,7 @@ def kda_step_triton(
         *(x.stride(0) for x in rows), out.stride(0), *conv_state.stride(), conv_weight.stride(0), *state.stride(),
         HEADS=heads, K=key_dim, V=value_dim, K_BLOCK=blocks[0], V_BLOCK=blocks[1],
         ROWS=min(rows_of_piece, blocks[1]), PREFETCH=prefetch,
-        LENGTH=length, LENGTH_BLOCK=triton.next_power_of_2(length), WIDTH=width, HAS_SLOTS=slots is not None,
+        LENGTH=length, WIDTH=width, SMALL=min(blocks) < 32 * warps, HAS_SLOTS=slots is not None,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return out

@@ -3,7 +3,8 @@
 Forms, all in one run, beside the floor (every state read and written once, at the copy rate measured in the same run):
 `parts`, the kernels one after another as the model runs them; `fused`, `kernels/kda_step`. On a card also `recurrence`,
 fla's `fused_recurrent_kda` alone, and `vllm`, its own alone where it is installed; each form is then timed as a CUDA
-graph, over several sets of inputs that together are larger than the cache. On a CPU `fused` is its plain form.
+graph over at least four sets of inputs, as a model's layers share one; together they are larger than the cache.
+On a CPU `fused` is its plain form.
 
 Rungs between the floor and `fused`, timed in the same way, so that differences say where the time goes:
 `empty`: one element scaled: a launch, with its share of the graph's;
@@ -125,7 +126,7 @@ def bench_decode_op(
     with torch.no_grad():
         for batch in batches:
             moved = 2 * 4 * batch * heads * dim * dim
-            count = max(1, min(16, 2**30 // moved)) if device == "cuda" else 2
+            count = max(4, min(16, 2**30 // moved)) if device == "cuda" else 2
             sets = [LayerInputs(batch, heads, dim, device, dtype, seed + n) for n in range(count)]
             row = {"batch": batch, "state_bytes": moved // 2, "floor_s": moved / bandwidth}
             row["error_ratio"] = _error_ratio(LayerInputs(batch, heads, dim, device, dtype, seed))
