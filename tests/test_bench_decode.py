@@ -34,13 +34,29 @@ def test_two_arms(tiny_models, engine, monkeypatch):
         assert [row["context"] for row in model["rows"]] == [12, 24]
         for row in model["rows"]:
             assert row["prefill_s"] == min(row["one_token_s"]) > 0 and len(row["all_tokens_s"]) == 3
-            assert row["token_s"] == pytest.approx((min(row["all_tokens_s"]) - row["prefill_s"]) / 12)
+            assert row["token_s"] == pytest.approx((min(row["all_tokens_s"]) - min(row["lead_tokens_s"])) / 12)
             moved = row["weight_bytes"] + row["kv_bytes"] + row["state_bytes"]
             assert row["floor_s"] == pytest.approx(moved / found["copy_bytes_per_s"])
     json.dumps(found)
     panels = decode_panels(found)
     assert [panel.title for panel in panels] == ["Prefill", "Time per output token"]
     assert [line.arm for line in panels[1].lines] == ["hybrid", "hybrid: memory floor", "mla", "mla: memory floor"]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_steps_that_also_read_prompts_are_not_time_per_token(batch, monkeypatch):
+    """An engine that reads a prompt a step; sequences decode meanwhile, and such a mixed step takes 7 s more."""
+
+    def seconds(engine, requests, tokens):
+        count = len(requests)
+        mixed = min(count, tokens) - 1 if count > 1 else 0
+        return 10.0 * count + 7.0 * mixed + 0.5 * (tokens - 1)
+
+    monkeypatch.setattr(decode, "_time", seconds)
+    config = build_config(ModelSection(), vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    row = decode._row(None, config, "vllm", "cpu", 1e9, 64, 8, 2, batch, 0)
+    assert row["prefill_s"] == 10.0 * batch and row["token_s"] == pytest.approx(0.5)
+    assert (row["lead_tokens_s"] == row["one_token_s"]) == (batch == 1)
 
 
 def test_floor_by_hand():

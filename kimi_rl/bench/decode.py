@@ -46,14 +46,17 @@ def bench_decode(
     """Time models on random prompts of `context` tokens, through the real engine (vLLM on a GPU: bf16, CUDA graphs).
 
     `models`: name -> checkpoint folder, or `arch:size` of a preset (`hybrid:large`) with random weights. Prefill time
-    is a call that generates one token; time per output token is what each of `tokens` more adds. Both are the best of
-    `repeats`, since other work on the machine only ever adds; one call of each warms up. End-of-sequence tokens do not
-    stop these calls, and since the layers have no positions, a model is timed beyond its max_position_embeddings.
+    is a call that generates one token; time per output token is what each of `tokens` more adds to a call with `lead`
+    tokens after the first. Both are the best of `repeats`, since other work on the machine only ever adds; one call of
+    each warms up. `lead` is 0 for one sequence and `tokens` for more: vLLM reads long prompts one after another, and
+    the first sequences decode in the same steps. Those steps are in both calls as long as `tokens` is at least their
+    number, all prompts' tokens over vLLM's max_num_batched_tokens. End-of-sequence tokens do not stop these calls, and
+    since the layers have no positions, a model is timed beyond its max_position_embeddings.
 
     Returns:
         `models`: name, parameters, and `rows` by context: `prefill_s` and `token_s`, with the seconds of every repeat
-        (`one_token_s`, `all_tokens_s`), `tokens_per_s` of the batch, `floor_s` and what it is made of: `weight_bytes`
-        that one token uses, `kv_bytes` read, and `state_bytes`, read and written, of the whole batch, over
+        (`one_token_s`, `lead_tokens_s`, `all_tokens_s`), `tokens_per_s` of the batch, `floor_s` and what it is made of:
+        `weight_bytes` that one token uses, `kv_bytes` read, and `state_bytes`, read and written, of the batch, over
         `copy_bytes_per_s`, the measured speed of a copy on the device (bytes read plus written). A context that does
         not fit gets an `error` in place of figures.
     """
@@ -67,15 +70,16 @@ def bench_decode(
         # Nothing else is on the card.
         engine_args = {"gpu_memory_utilization": 0.88} | (engine_args or {})
     bandwidth = copy_bandwidth(device)
+    more = lead_tokens(tokens, batch) + tokens + 2
     figures = []
     for label, source in models.items():
-        with timed_folder(source, max(context) + tokens + 2) as folder:
+        with timed_folder(source, max(context) + more) as folder:
             config = KimiLinearConfig.from_pretrained(folder)
             make = partial(
                 build_engine, name, str(folder), batch_size=batch, seed=seed, device=device,
                 engine_args=engine_args or {}, policy_version=0,
             )  # fmt: skip
-            loaded, fitting, rows = load_longest(make, sorted(context), tokens + 2)
+            loaded, fitting, rows = load_longest(make, sorted(context), more)
             try:
                 measured = [
                     _row(loaded, config, name, device, bandwidth, length, tokens, repeats, batch, seed)
@@ -97,6 +101,7 @@ def bench_decode(
         "threads": torch.get_num_threads(),
         "batch": batch,
         "tokens": tokens,
+        "lead": lead_tokens(tokens, batch),
         "repeats": repeats,
         "copy_bytes_per_s": bandwidth,
         "models": figures,
@@ -190,20 +195,23 @@ def _row(
     generator = torch.Generator().manual_seed(derive_seed(seed, "decode", length))
     prompts = torch.randint(low, high, (batch, length), generator=generator).tolist()
     requests = [Request(prompt, derive_seed(seed, "decode", length, i)) for i, prompt in enumerate(prompts)]
+    lead = lead_tokens(tokens, batch)
     one: list[float] = []
+    short: list[float] = []
     more: list[float] = []
     try:
         for _ in range(repeats + 1):
             one.append(_time(engine, requests, 1))
-            more.append(_time(engine, requests, tokens + 1))
+            short.append(_time(engine, requests, lead + 1) if lead else one[-1])
+            more.append(_time(engine, requests, lead + tokens + 1))
     except (torch.OutOfMemoryError, InputError) as error:
         return {"context": length, "error": one_line(error, 200)}
     # The first of each warms up: kernels are compiled, memory is mapped.
-    prefill, token = min(one[1:]), (min(more[1:]) - min(one[1:])) / tokens
-    times = {"one_token_s": one[1:], "all_tokens_s": more[1:]}
+    prefill, token = min(one[1:]), (min(more[1:]) - min(short[1:])) / tokens
+    times = {"one_token_s": one[1:], "lead_tokens_s": short[1:], "all_tokens_s": more[1:]}
     if token <= 0:
         return {"context": length, "error": "the tokens' time drowns in the prefill's noise; raise --tokens", **times}
-    floor = memory_floor(config, length + tokens // 2, batch, bfloat16=name == "vllm" and device == "cuda")
+    floor = memory_floor(config, length + lead + tokens // 2, batch, bfloat16=name == "vllm" and device == "cuda")
     return {
         "context": length,
         "prefill_s": prefill,
@@ -213,6 +221,11 @@ def _row(
         **floor,
         **times,
     }
+
+
+def lead_tokens(tokens: int, batch: int) -> int:
+    """Tokens after the first that come before those timed: in them a batch may still be reading prompts."""
+    return tokens if batch > 1 else 0
 
 
 def _time(engine: RolloutEngine, requests: Sequence[Request], tokens: int) -> float:
