@@ -423,6 +423,8 @@ def rollout(
     vocabulary: Annotated[int, typer.Option(min=512, help="Of a preset.")] = 32768,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     engine_arg: EngineArgs = None,
+    beside: Annotated[str | None, typer.Option(help="Another model, in an engine of ours beside the first's.")] = None,
+    only_beside: Annotated[bool, typer.Option("--only-beside", help="Measure those two engines and no more.")] = False,
 ) -> None:
     """Decode throughput with log-probs: stock vLLM, our engine, and several of ours on one device. Prints JSON."""
     from kimi_rl.bench.decode import parse_models
@@ -430,6 +432,8 @@ def rollout(
     from kimi_rl.standalone import parse_engine_args
 
     (source,) = parse_models([model]).values()
+    if beside is not None:
+        (beside,) = parse_models([beside]).values()
     try:
         sizes = [int(part) for part in batch.split(",")]
     except ValueError:
@@ -449,6 +453,8 @@ def rollout(
             vocabulary=vocabulary,
             seed=seed,
             engine_args=parse_engine_args(engine_arg or []),
+            beside=beside,
+            only_beside=only_beside,
         )
     )
 

@@ -8,6 +8,7 @@ from runs import run_inside
 
 from kimi_rl.bench import rollout
 from kimi_rl.bench.rollout_arm import _serve
+from kimi_rl.bench.rollout_beside import side_by_side, tokens_needed
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.presets import build_config
 from kimi_rl.recipe import ModelSection
@@ -36,6 +37,34 @@ def test_throughput_of_engines_side_by_side():
     assert alone["tokens_per_s"] == pytest.approx(64 / 0.003)
     both = rollout._row([{"seconds": [0.4]}, {"seconds": [0.2]}], size=64, steps=100)
     assert both["tokens_per_s"] == pytest.approx(64 / 0.004 + 64 / 0.002) and "gpu_s" not in both
+
+
+class Beside:
+    """An arm whose windows take `seconds`, and ten times that without the switch."""
+
+    def __init__(self, seconds, log):
+        self.seconds, self.log, self.on = seconds, log, None
+
+    def do(self, order, **values):
+        self.log.append((self, order))
+        if order == "set":
+            self.on = values["environment"] == {"KIMI_RL_X": "1"}
+        if order == "timed":
+            return {"seconds": [self.seconds * (1 if self.on else 10)] * values["windows"], "gpu_s": 0.5}
+        return [] if order == "host_profile" else None
+
+
+def test_windows_of_two_models_alternate():
+    log = []
+    ours, other = Beside(0.2, log), Beside(0.1, log)
+    rows = side_by_side(ours, other, {}, size=64, steps=100, windows=3, off="KIMI_RL_X", gpu=True)
+    found = {row["arm"]: row for row in rows}
+    assert found["ours"]["tokens_per_s"] == pytest.approx(64 / 0.002) and found["ours"]["gpu_s"] == 0.5
+    ratios = {name: row["ratio_to_ours"] for name, row in found.items()}
+    expected = {"ours": 1.0, "ours_without": 0.1, "beside": 2.0, "beside_without": 0.2}
+    assert ratios == pytest.approx(expected)
+    assert [arm for arm, order in log if order == "timed"][:12] == [ours, other] * 6
+    assert tokens_needed(100, 3) > 6 * 105 + 20
 
 
 def test_comparison_counts_sequences_that_differ():
@@ -77,6 +106,7 @@ def test_an_engine_that_cannot_start_says_why():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
+        (["hybrid:tiny", "--only-beside"], "--only-beside: found no --beside"),
         (["hybrid:tiny", "--batch", "4,x"], "--batch: found '4,x'"),
         (["hybrid:tiny", "--runner", "v3"], "--runner: found 'v3'"),
         (["/nowhere"], "MODEL /nowhere: no config.json"),

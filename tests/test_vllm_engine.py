@@ -18,7 +18,7 @@ from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.rollout.vllm_engine import VLLMEngine
-from kimi_rl.rollout.vllm_plugin import fast_allocate
+from kimi_rl.rollout.vllm_plugin import fast_allocate, steady_groups
 from kimi_rl.weight_sync import WeightSyncError, WeightUpdate, apply_update, tensor_checksum
 
 ARCHS = [("hybrid", "dense"), ("hybrid", "moe"), ("mla", "dense")]
@@ -133,6 +133,24 @@ def test_fast_allocation_changes_no_token(served, monkeypatch):
         assert sum(len(r.prompt_ids) < border < len(r.prompt_ids) + len(c.token_ids)
                    for r, c in zip(requests, fast, strict=True)) >= 4  # fmt: skip
     assert not scheduler.kv_cache_manager._kimi_rl_covered, "finished requests are forgotten"
+
+
+def test_steady_groups_change_no_token(served, monkeypatch):
+    """Requests that come and go while others decode, with metadata that are kept and without."""
+    engine, steady = served.engine, steady_groups.Steady
+    requests = ragged_requests(7, count=20) + [Request([30, 40], seed=2)]
+    for params in (SamplingParams(40, temperature=0.0), SamplingParams(40)):
+        steady.copies = steady.builds = 0
+        kept = engine.generate(requests, params)
+        counts = steady.copies, steady.builds
+        with monkeypatch.context() as patch:
+            patch.setenv("KIMI_RL_STEADY_GROUPS", "0")
+            steady_groups.install()
+            plain = engine.generate(requests, params)
+        steady_groups.install()
+        assert kept == plain
+        assert (steady.copies, steady.builds) == counts, "the switch switches"
+        assert counts[0] > 10 and (counts[1] > 10) == served.hybrid
 
 
 LEAN = (SamplingParams(40, temperature=0.0), SamplingParams(40), SamplingParams(30, temperature=0.7, top_p=0.8))

