@@ -95,6 +95,23 @@ class Segments:
         places = ends[:, None] - count + torch.arange(count)
         return torch.where(places >= starts[:, None], places, -1)
 
+    @cached_property
+    def ends_of_parents(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int32 [N] each: first token of each sequence's parent, and the token after its last. Without a parent the
+        first lies behind every token."""
+        ends = [(self.bounds[p], self.bounds[p + 1]) if p >= 0 else (2**30, 0) for p in self.parents]
+        first, last = to_device(torch.tensor(ends, dtype=torch.int32).T.contiguous(), self.device)
+        return first, last
+
+    @cached_property
+    def children(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The continuing sequences by parent, int64 [N - roots], and the borders between parents, int64 [roots + 1]."""
+        parents = torch.tensor(self.parents[self.roots :], dtype=torch.long)
+        counts = torch.bincount(parents, minlength=self.roots)
+        both = torch.cat([parents.argsort(stable=True) + self.roots, counts.new_zeros(1), counts.cumsum(0)])
+        children, bounds = to_device(both, self.device).split([len(parents), self.roots + 1])
+        return children, bounds
+
     def _made(self, key: tuple[str, int], make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._tables:
             self._tables[key] = to_device(make(), self.device)

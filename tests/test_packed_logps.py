@@ -11,6 +11,7 @@ import types
 import pytest
 import torch
 
+from kimi_rl.kernels.short_conv import ends_of_parents, short_conv
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.model import modeling
 from kimi_rl.model.modeling import KimiLinearForCausalLM, as_served
@@ -168,6 +169,13 @@ def constant_state(function):
     return run
 
 
+def constant_history(x, weight, *, parents=None, **kwargs):
+    """The same for the convolution, which finds the rows of the parent itself."""
+    if parents is not None:
+        kwargs["initial_state"] = ends_of_parents(x, weight.shape[-1] - 1, parents).detach()
+    return short_conv(x, weight, **kwargs)
+
+
 kept_attention = modeling.varlen_attention
 LEAKS = {
     ("packed", "KDA runs on"): ("kda_chunk", without(modeling.kda_chunk, "cu_seqlens")),
@@ -176,7 +184,7 @@ LEAKS = {
     ("shared_prompt", "MLA sees all before it"): ("varlen_attention", forgetful_attention),
     ("shared_prompt", "MLA does not see the prompt"): ("varlen_attention", orphaned_attention),
     ("shared_prompt", "KDA starts empty"): ("kda_chunk", without(modeling.kda_chunk, "initial_state")),
-    ("shared_prompt", "the convolution starts empty"): ("short_conv", without(modeling.short_conv, "initial_state")),
+    ("shared_prompt", "the convolution starts empty"): ("short_conv", without(modeling.short_conv, "parents")),
 }
 
 
@@ -187,10 +195,12 @@ def test_a_leak_is_seen(monkeypatch, mode, leak):
     assert values > 1e-3 and gradients > 1e-3
 
 
-@pytest.mark.parametrize("part", ["kda_chunk", "short_conv"])
-def test_a_lost_gradient_is_seen(monkeypatch, part):
+@pytest.mark.parametrize(
+    "part, cut", [("kda_chunk", constant_state(modeling.kda_chunk)), ("short_conv", constant_history)]
+)
+def test_a_lost_gradient_is_seen(monkeypatch, part, cut):
     """Values are right, only the way back into the prompt is cut: the check of gradients must see it."""
-    monkeypatch.setattr(modeling, part, constant_state(getattr(modeling, part)))
+    monkeypatch.setattr(modeling, part, cut)
     values, gradients = differences(make_model(), "shared_prompt", seed=1)
     assert values < 1e-4 and gradients > 1e-3
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from kimi_rl.kernels.dispatch import choose, sequence_bounds
+from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.short_conv.reference import short_conv_reference
 
 
@@ -16,13 +17,16 @@ def short_conv(
     initial_state: torch.Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: torch.Tensor | None = None,
+    parents: Segments | None = None,
     activation: str | None = "silu",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y[t, c] = activation(sum_w weight[c, w] * x[t - W + 1 + w, c]), each sequence on its own.
 
     x [B, T, C]; weight [C, W] (conv1d weight without its middle axis); `initial_state` [N, C, W-1] holds the
     W-1 inputs before the first token (unset: zeros), N being B, or the number of packed sequences when
-    `cu_seqlens` [N+1] is given (then B is 1). `activation` is "silu" or None.
+    `cu_seqlens` [N+1] is given (then B is 1). `parents`, in place of `initial_state`: the same sequences as
+    `cu_seqlens`; what goes on from a parent in the row finds that one's last inputs before its first token.
+    `activation` is "silu" or None.
     Returns y [B, T, C] in x's
     dtype, and the last W-1 inputs of every sequence [N, C, W-1] or None. Products are accumulated in the
     wider of x's and weight's dtype.
@@ -32,6 +36,8 @@ def short_conv(
     """
     if activation not in ("silu", None):
         raise ValueError(f"short_conv: activation must be 'silu' or None, found {activation!r}")
+    if parents is not None and (cu_seqlens is None or initial_state is not None):
+        raise ValueError("short_conv: parents goes with cu_seqlens, and takes the place of initial_state")
     args = {
         "initial_state": initial_state,
         "output_final_state": output_final_state,
@@ -42,10 +48,18 @@ def short_conv(
         if choice == "fla":
             from kimi_rl.kernels.short_conv.triton_conv import short_conv_triton
 
-            return short_conv_triton(x, weight, **args, activation=activation)
+            return short_conv_triton(x, weight, **args, parents=parents, activation=activation)
+        if parents is not None:
+            args["initial_state"] = ends_of_parents(x, weight.shape[-1] - 1, parents)
         if choice == "reference":
             return short_conv_reference(x, weight, **args, activation=activation)
         return _short_conv_torch(x, weight, **args, activation=activation)
+
+
+def ends_of_parents(x: torch.Tensor, count: int, segments: Segments) -> torch.Tensor:
+    """Of x [1, T, C] the `count` rows before each sequence, its parent's last or zeros: [N, C, count]."""
+    places, there = segments.before(count)
+    return (x[0, places] * there[..., None]).transpose(1, 2)
 
 
 def _short_conv_torch(x, weight, *, initial_state, output_final_state, cu_seqlens, activation):
@@ -91,4 +105,4 @@ def _taps(extended: torch.Tensor, weight: torch.Tensor, length: int) -> torch.Te
     return y
 
 
-__all__ = ["short_conv", "short_conv_reference"]
+__all__ = ["ends_of_parents", "short_conv", "short_conv_reference"]

@@ -228,11 +228,8 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
     ) -> torch.Tensor:
         """Sequences of a packed row: [1, T, H, V]. Those that go on from another start from its last state."""
 
-        history = None
-        if segments.continuing is not None:
-            places, there = segments.before(self.conv_kernel_size - 1)
-            history = (qkv[0, places] * there[..., None]).transpose(1, 2)  # [N, C, W-1]
-        q, k, v, _ = self._convolve(qkv, initial_state=history, cu_seqlens=segments.cu_seqlens)
+        parents = None if segments.continuing is None else segments
+        q, k, v, _ = self._convolve(qkv, cu_seqlens=segments.cu_seqlens, parents=parents)
         if segments.continuing is None:
             return kda_chunk(q, k, v, g, beta, **_borders(segments))[0]
         if runs_in_one_pass(q):
