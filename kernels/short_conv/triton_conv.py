@@ -245,7 +245,7 @@ class _ShortConv(torch.autograd.Function):
         """x [T, C], weight [C, W], history [N, W-1, C] or None -> y [T, C], and the last inputs [N, C, W-1] or None."""
         (tokens, channels), width = x.shape, weight.shape[1]
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        ctx.kind = PARENT if parents is not None else NONE if history is None else GIVEN
+        ctx.kind = (PARENT if parents is not None else NONE if history is None else GIVEN).value
         ends = (None, None) if parents is None else parents.ends_of_parents
         if tokens:
             grid, run = _grid(tokens, channels, CHANNELS["forward"])
@@ -272,7 +272,7 @@ class _ShortConv(torch.autograd.Function):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
         dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         dweight = heads = d_history = None
-        if ctx.kind != NONE:  # zeros: of a short sequence not all are written
+        if ctx.kind != NONE.value:  # zeros: of a short sequence not all are written
             heads = torch.zeros(len(layout.bounds) - 1, width - 1, channels, dtype=torch.float32, device=x.device)
         if tokens:
             block = CHANNELS["backward"]
