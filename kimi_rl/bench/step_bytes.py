@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kimi_rl.kernels.kda_step.triton_step import launch_for
+from kimi_rl.kernels.kda_step.triton_step import LAUNCH
 
 
 @triton.jit
@@ -52,7 +52,7 @@ def move_step_bytes(
             that has a meaning.
     """
     (batch, heads, dim, _), length = state.shape, conv_state.shape[-1]
-    rows, _, warps, _ = launch_for(batch * heads)
+    rows, _, warps, _ = LAUNCH
     out = torch.empty_like(out_gate)
     _move_kernel[(batch * heads,)](
         qkv, raw_g, raw_beta, out_gate, conv_state, state, out, factor,
