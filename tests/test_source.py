@@ -70,7 +70,7 @@ def test_an_exported_source_is_the_same_model(llama, tmp_path):
     assert all(torch.equal(ours[name].bfloat16(), theirs[name].bfloat16()) for name in ours)
 
 
-def test_sft_reads_the_answer_alone_from_a_template_without_marks(llama):
+def test_sft_reads_the_answer_alone_from_a_template_without_marks(llama, tmp_path):
     """The loss mask is what the template adds to the prompt: with our own template, what its marks say."""
     tokenizer = AutoTokenizer.from_pretrained(llama)
     marked = tokenizer.chat_template
@@ -85,8 +85,8 @@ def test_sft_reads_the_answer_alone_from_a_template_without_marks(llama):
         trainer = SFTLearner(
             model=LlamaForCausalLM.from_pretrained(llama),
             args=SFTConfig(
-                completion_only_loss=True, assistant_only_loss=template == marked, max_length=None, report_to="none",
-                use_cpu=True, bf16=False,
+                output_dir=str(tmp_path), completion_only_loss=True, assistant_only_loss=template == marked,
+                max_length=None, report_to="none", use_cpu=True, bf16=False,
             ),
             train_dataset=sft_dataset(context),
             processing_class=tokenizer,
