@@ -13,10 +13,10 @@ import torch
 from transformers import KimiLinearConfig, PreTrainedTokenizerBase
 from transformers.configuration_utils import PreTrainedConfig
 
+from kimi_rl.chat_marks import mark_chat_template
 from kimi_rl.convert import kda, mla
 from kimi_rl.convert.attention import SourceAttention, read_attention, watch_heads
 from kimi_rl.convert.calibration import calibration_texts, fit_constant, fit_output, head_scales, read_calibration
-from kimi_rl.convert.chat import mark_chat_template
 from kimi_rl.convert.report import write_report
 from kimi_rl.errors import InputError
 from kimi_rl.kernels.logprob import token_logprobs

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from kimi_rl.convert.chat import mark_chat_template
+from kimi_rl.chat_marks import mark_chat_template
 from kimi_rl.dataset import load_problems
 from kimi_rl.errors import InputError
 from kimi_rl.evaluate import Evaluation, evaluate

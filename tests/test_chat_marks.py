@@ -2,7 +2,7 @@
 
 import pytest
 
-from kimi_rl.convert.chat import mark_chat_template
+from kimi_rl.chat_marks import mark_chat_template
 from kimi_rl.errors import InputError
 from kimi_rl.recipe import TokenizerSection
 from kimi_rl.tokenizer import build_tokenizer

@@ -1,4 +1,4 @@
-"""The chat template of a converted model: the source's text, with marks around what the model has to say.
+"""Marks in a chat template around what the model has to say: for converted models, and for SFT of a plain transformer.
 
 An sft stage learns what the marks (`{% generation %}`) hold; public templates rarely have them.
 """
