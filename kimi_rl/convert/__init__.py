@@ -3,5 +3,5 @@
     source (kimi_rl.model.source) → attention.py → kda.py | mla.py → folder in Hugging Face layout
                                         ↑ calibration.py: texts, least squares      report.py: what it cost
 
-`conversion.py` walks through the layers; `chat.py` marks in the chat template what SFT learns.
+`conversion.py` walks through the layers.
 """
