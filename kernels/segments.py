@@ -85,9 +85,9 @@ class Segments:
 
     def before(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """int64 and bool [N, count]: the places of the `count` tokens before each sequence's first, and whether there
-        is one: its parent's last tokens, or none. Made once."""
-        places = self._made(("before", count), lambda: self._before(count).clamp(min=0))
-        return places, self._made(("is before", count), lambda: self._before(count) >= 0)
+        is one: its parent's last tokens, or none."""
+        places = self._made(("before", count), lambda: self._before(count))
+        return places.clamp(min=0), places >= 0
 
     def _before(self, count: int) -> torch.Tensor:
         ends = torch.tensor([self.bounds[parent + 1] for parent in self.parents])

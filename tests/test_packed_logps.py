@@ -11,7 +11,7 @@ import types
 import pytest
 import torch
 
-from kimi_rl.kernels.short_conv import ends_of_parents, short_conv
+from kimi_rl.kernels.short_conv import rows_before, short_conv
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.model import modeling
 from kimi_rl.model.modeling import KimiLinearForCausalLM, as_served
@@ -172,7 +172,7 @@ def constant_state(function):
 def constant_history(x, weight, *, parents=None, **kwargs):
     """The same for the convolution, which finds the rows of the parent itself."""
     if parents is not None:
-        kwargs["initial_state"] = ends_of_parents(x, weight.shape[-1] - 1, parents).detach()
+        kwargs["initial_state"] = rows_before(x, weight.shape[-1] - 1, parents).detach()
     return short_conv(x, weight, **kwargs)
 
 

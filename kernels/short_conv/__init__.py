@@ -50,13 +50,13 @@ def short_conv(
 
             return short_conv_triton(x, weight, **args, parents=parents, activation=activation)
         if parents is not None:
-            args["initial_state"] = ends_of_parents(x, weight.shape[-1] - 1, parents)
+            args["initial_state"] = rows_before(x, weight.shape[-1] - 1, parents)
         if choice == "reference":
             return short_conv_reference(x, weight, **args, activation=activation)
         return _short_conv_torch(x, weight, **args, activation=activation)
 
 
-def ends_of_parents(x: torch.Tensor, count: int, segments: Segments) -> torch.Tensor:
+def rows_before(x: torch.Tensor, count: int, segments: Segments) -> torch.Tensor:
     """Of x [1, T, C] the `count` rows before each sequence, its parent's last or zeros: [N, C, count]."""
     places, there = segments.before(count)
     return (x[0, places] * there[..., None]).transpose(1, 2)
@@ -105,4 +105,4 @@ def _taps(extended: torch.Tensor, weight: torch.Tensor, length: int) -> torch.Te
     return y
 
 
-__all__ = ["ends_of_parents", "short_conv", "short_conv_reference"]
+__all__ = ["rows_before", "short_conv", "short_conv_reference"]

@@ -23,14 +23,14 @@ from kimi_rl.model.presets import describe
 from kimi_rl.run_dir import describe_environment
 from kimi_rl.seeds import derive_seed
 
+_GROUPS = "KIMI_RL_STEADY_GROUPS"  # the switch that models with one cache group hardly feel
 SWITCHES = (
     "KIMI_RL_FAST_ALLOCATE",
-    "KIMI_RL_STEADY_GROUPS",
+    _GROUPS,
     "KIMI_RL_LEAN_LOGPROBS",
     "KIMI_RL_QUIET_STEPS",
     "KIMI_RL_KEYED_SAMPLING",
 )
-_GROUPS = "KIMI_RL_STEADY_GROUPS"  # the switch that models with one cache group hardly feel
 _OFF = dict.fromkeys(SWITCHES, "0")
 _BLOCK = 480  # tokens of a cache block that vLLM chooses for this model on a card
 _CHECKED = 64  # tokens of each sequence of the equality check

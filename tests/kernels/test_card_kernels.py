@@ -88,7 +88,7 @@ CASES = {
         compare(ours, plain, [draw(3, 37, 5, dtype=torch.bfloat16), draw(5, 4)], rtol=3e-2, atol=3e-2)
         # runs of a few tokens, whose ends cut sequences, and parents: long, short, without a child, of length 0
         from kimi_rl.kernels.segments import Segments
-        from kimi_rl.kernels.short_conv import ends_of_parents, triton_conv
+        from kimi_rl.kernels.short_conv import rows_before, triton_conv
         lengths = [9, 2, 1, 0, 5, 4, 1, 0, 2, 1, 17, 3, 1]
         bounds = [0, *torch.tensor(lengths).cumsum(0).tolist()]
         segments = Segments(bounds, [-1] * 5 + [0, 2, 1, 0, 1, 2, 3, 0])
@@ -97,7 +97,7 @@ CASES = {
         for triton_conv.PROGRAMS in (1, 4, 6144):
             for width in (2, 3, 4, 5):
                 def joined(x, w):
-                    before = ends_of_parents(x, width - 1, segments)
+                    before = rows_before(x, width - 1, segments)
                     return short_conv_reference(x, w, cu_seqlens=segments.cu_seqlens, initial_state=before)
                 compare(shared, joined, [draw(1, bounds[-1], 5), draw(5, width)])
                 compare(ours, plain, [draw(1, bounds[-1], 5), draw(5, width), draw(13, 5, width - 1)],
