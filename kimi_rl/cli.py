@@ -415,7 +415,7 @@ def rollout(
     model: Annotated[str, typer.Argument(help="Model folder, or `arch:size` of a preset (random weights).")],
     batch: Annotated[str, typer.Option(help="Sequences that an engine decodes together, by commas.")] = "64,256",
     context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 1024,
-    engines: Annotated[int, typer.Option(min=1, help="Engines that share the card in the arm `replicas`.")] = 4,
+    engines: Annotated[int, typer.Option(min=1, help="Engines that share the card; with --beside, of each model.")] = 4,
     runner: Annotated[str, typer.Option(help="vLLM's model runner in our engines: v1 or v2.")] = "v1",
     sequences: Annotated[int, typer.Option(min=2, help="Sequences of the check that both give the same tokens.")] = 256,
     steps: Annotated[int, typer.Option(min=1, help="Steps of a window.")] = 100,
@@ -423,40 +423,42 @@ def rollout(
     vocabulary: Annotated[int, typer.Option(min=512, help="Of a preset.")] = 32768,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     engine_arg: EngineArgs = None,
-    beside: Annotated[str | None, typer.Option(help="Another model, in an engine of ours beside the first's.")] = None,
-    only_beside: Annotated[bool, typer.Option("--only-beside", help="Measure those two engines and no more.")] = False,
+    beside: Annotated[
+        str | None, typer.Option(help="Time another model's engines in turns with this one's, and nothing else.")
+    ] = None,
 ) -> None:
     """Decode throughput with log-probs: stock vLLM, our engine, and several of ours on one device. Prints JSON."""
     from kimi_rl.bench.decode import parse_models
     from kimi_rl.bench.rollout import bench_rollout
+    from kimi_rl.bench.rollout_beside import bench_beside
     from kimi_rl.standalone import parse_engine_args
 
-    (source,) = parse_models([model]).values()
-    if beside is not None:
-        (beside,) = parse_models([beside]).values()
     try:
         sizes = [int(part) for part in batch.split(",")]
     except ValueError:
         sizes = [0]
     if min(sizes) < 1:
         raise InputError(f"--batch: found {batch!r}, expected numbers of sequences such as 64,256")
-    print_json(
-        bench_rollout(
-            source,
-            batch=sizes,
-            context=context,
-            engines=engines,
-            runner=runner,
-            sequences=sequences,
-            steps=steps,
-            windows=windows,
-            vocabulary=vocabulary,
-            seed=seed,
-            engine_args=parse_engine_args(engine_arg or []),
-            beside=beside,
-            only_beside=only_beside,
-        )
-    )
+    if runner not in ("v1", "v2"):
+        raise InputError(f"--runner: found {runner!r}; use v1 or v2")
+    if beside == model:
+        raise InputError(f"--beside: found {beside}, the model itself; name another, such as mla:base")
+    sources = list(parse_models([model, *([beside] if beside else [])]).values())
+    settings = {
+        "batch": sizes,
+        "context": context,
+        "engines": engines,
+        "runner": runner,
+        "steps": steps,
+        "windows": windows,
+        "vocabulary": vocabulary,
+        "seed": seed,
+        "engine_args": parse_engine_args(engine_arg or []),
+    }
+    if beside is None:
+        print_json(bench_rollout(sources[0], sequences=sequences, **settings))
+    else:
+        print_json(bench_beside(*sources, **settings))
 
 
 @bench.command(epilog="Example: `kimi-rl bench learner --size base --groups 8`")

@@ -8,7 +8,8 @@ from runs import run_inside
 
 from kimi_rl.bench import rollout
 from kimi_rl.bench.rollout_arm import _serve
-from kimi_rl.bench.rollout_beside import side_by_side, tokens_needed
+from kimi_rl.bench.rollout_beside import OFF, side_by_side, tokens_needed
+from kimi_rl.bench.rollout_model import BLOCK, cache_bytes
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.presets import build_config
 from kimi_rl.recipe import ModelSection
@@ -40,31 +41,41 @@ def test_throughput_of_engines_side_by_side():
 
 
 class Beside:
-    """An arm whose windows take `seconds`, and ten times that without the switch."""
+    """An engine whose windows take `seconds`, ten times that without the switch and twice that beside others."""
 
     def __init__(self, seconds, log):
         self.seconds, self.log, self.on = seconds, log, None
 
     def do(self, order, **values):
-        self.log.append((self, order))
+        self.ask(order, **values)
+        return self.answer()
+
+    def ask(self, order, **values):
+        self.log.append((self, order, values.get("start_at", 0.0) > 0))
         if order == "set":
-            self.on = values["environment"] == {"KIMI_RL_X": "1"}
-        if order == "timed":
-            return {"seconds": [self.seconds * (1 if self.on else 10)] * values["windows"], "gpu_s": 0.5}
-        return [] if order == "host_profile" else None
+            self.on = values["environment"] == {OFF: "1"}
+        seconds = self.seconds * (1 if self.on else 10) * (2 if values.get("start_at") else 1)
+        timed = {"seconds": [seconds] * values.get("windows", 0), "gpu_s": 0.5}
+        self.answers = timed if order == "timed" else []
+
+    def answer(self):
+        return self.answers
 
 
 def test_windows_of_two_models_alternate():
     log = []
-    ours, other = Beside(0.2, log), Beside(0.1, log)
-    rows = side_by_side(ours, other, {}, size=64, steps=100, windows=3, off="KIMI_RL_X", gpu=True)
-    found = {row["arm"]: row for row in rows}
-    assert found["ours"]["tokens_per_s"] == pytest.approx(64 / 0.002) and found["ours"]["gpu_s"] == 0.5
-    ratios = {name: row["ratio_to_ours"] for name, row in found.items()}
-    expected = {"ours": 1.0, "ours_without": 0.1, "beside": 2.0, "beside_without": 0.2}
-    assert ratios == pytest.approx(expected)
-    assert [arm for arm, order in log if order == "timed"][:12] == [ours, other] * 6
-    assert tokens_needed(100, 3) > 6 * 105 + 20
+    a, b = [Beside(0.2, log), Beside(0.4, log)], [Beside(0.1, log), Beside(0.1, log)]
+    first, other = side_by_side({"a": a, "b": b}, size=64, steps=100, windows=2, gpu=True)
+    assert first["tokens_per_s"] == pytest.approx(64 / 0.003) and first["gpu_s"] == 0.5  # the median of both engines
+    assert first["seconds"] == [[0.2, 0.2], [0.4, 0.4]] and first["ratio_to_first"] == 1.0
+    assert other["ratio_to_first"] == pytest.approx(3.0)
+    assert other["without"]["step_s"] == pytest.approx(0.01)
+    assert first["together"]["tokens_per_s"] == pytest.approx(64 / 0.004 + 64 / 0.008)
+    assert other["together_ratio_to_first"] == pytest.approx(2 * 64 / 0.002 / (64 / 0.004 + 64 / 0.008))
+    alone = [arm for arm, order, beside in log if order == "timed" and not beside]
+    assert alone[:8] == [a[0], b[0], b[1], a[1]] * 2 and alone[8:12] == [b[0], a[0], a[1], b[1]]
+    assert [arm for arm, order, beside in log if beside] == [*a, *b, *b, *a]
+    assert tokens_needed(100, 2) > 4 * 105 + 2 * 155 + 20
 
 
 def test_comparison_counts_sequences_that_differ():
@@ -72,7 +83,7 @@ def test_comparison_counts_sequences_that_differ():
     near = ([5, 6], [-1.0, -2.25])
     stock = Arm({0.0: [same, same, same], 1.0: [same, same, other]})
     ours = Arm({0.0: [near, other, same], 1.0: [other, other, other]})
-    found = rollout._compare(stock, ours, [[1] * rollout._BLOCK] * 3, seed=0)
+    found = rollout._compare(stock, ours, [[1] * BLOCK] * 3, seed=0)
     assert found["greedy_equal"] == 2 and found["greedy_largest_logprob_difference"] == 0.25
     assert found["sampled"]["stock"]["mean_logprob"] == pytest.approx((-1.5 - 1.5 - 1.75) / 3)
     assert found["sampled"]["ours"] == {"mean_logprob": -1.75, "standard_error": 0.0}
@@ -86,9 +97,9 @@ def test_the_cache_holds_the_sequences_it_is_for():
         config = build_config(
             ModelSection(arch=arch, size="base"), vocab_size=512, bos_token_id=1, eos_token_id=2, pad_token_id=0
         )
-        found = rollout.cache_bytes(config, 256, 1500)
+        found = cache_bytes(config, 256, 1500)
         assert 256 * sequence_bytes(config, 1500).total < found < 12 * 2**30
-        assert rollout.cache_bytes(config, 512, 1500) > 1.8 * found
+        assert cache_bytes(config, 512, 1500) > 1.8 * found
 
 
 def test_an_engine_that_cannot_start_says_why():
@@ -106,7 +117,8 @@ def test_an_engine_that_cannot_start_says_why():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["hybrid:tiny", "--only-beside"], "--only-beside: found no --beside"),
+        (["hybrid:tiny", "--beside", "/nowhere"], "MODEL /nowhere: no config.json"),
+        (["hybrid:tiny", "--beside", "hybrid:tiny"], "--beside: found hybrid:tiny, the model itself"),
         (["hybrid:tiny", "--batch", "4,x"], "--batch: found '4,x'"),
         (["hybrid:tiny", "--runner", "v3"], "--runner: found 'v3'"),
         (["/nowhere"], "MODEL /nowhere: no config.json"),

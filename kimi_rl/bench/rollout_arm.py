@@ -8,7 +8,7 @@ import os
 import pstats
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,16 @@ class ArmProcess:
         self._process.join(10)
         if self._process.is_alive():
             self._process.kill()
+
+
+def timed_together(
+    arms: Sequence[ArmProcess], *, steps: int, windows: int, gpu: bool = False
+) -> list[dict[str, Any]]:
+    """Every arm's windows (see `_Engine.timed`), all arms at the same time."""
+    start_at = time.time() + 0.3 if len(arms) > 1 else 0.0
+    for arm in arms:
+        arm.ask("timed", steps=steps, windows=windows, start_at=start_at, gpu=gpu)
+    return [arm.answer() for arm in arms]
 
 
 def _serve(pipe: Connection, settings: dict[str, Any]) -> None:

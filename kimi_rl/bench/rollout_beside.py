@@ -1,64 +1,142 @@
-"""Engines of two models timed side by side for `kimi-rl bench rollout --beside`: their windows alternate."""
+"""`kimi-rl bench rollout MODEL --beside OTHER`: engines of two models on one device, timed in windows that alternate.
+
+An engine's step is mostly Python, and two processes with the same code differ by more than the models do (where they lie
+in memory, what else their cores do). So each model has several engines, and the median is over the windows of all.
+"""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
-from kimi_rl.bench.rollout_arm import ArmProcess
+import torch
 
+from kimi_rl.bench.decode import timed_folder
+from kimi_rl.bench.rollout import all_on
+from kimi_rl.bench.rollout_arm import ArmProcess, timed_together
+from kimi_rl.bench.rollout_model import TimedModel, circumstances
+
+OFF = "KIMI_RL_STEADY_GROUPS"  # the switch that models with one cache group hardly feel
 _PROFILED = 20  # steps of the profile of an engine's Python
+
+
+def bench_beside(
+    model: str,
+    beside: str,
+    *,
+    batch: Sequence[int] = (64, 256),
+    context: int = 1024,
+    engines: int = 4,
+    runner: str = "v1",
+    steps: int = 100,
+    windows: int = 3,
+    vocabulary: int = 32768,
+    seed: int = 0,
+    engine_args: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Time pure decoding of both models as `bench_rollout` times `ours`, in `engines` processes for each.
+
+    Returns:
+        `rows`, per batch size and model: `tokens_per_s` and `step_s` of an engine that has the device to itself (the
+        median of all windows of all the model's engines), each engine's `seconds`, `gpu_s` in which the card works in a
+        step, the same without `OFF` (`without`), `together`: tokens/s of all the model's engines at once; and
+        `ratio_to_first`, `together_ratio_to_first` (below 1: slower than the first model). `host`: the Python functions
+        that take most of a step of its first engine.
+    """
+    tokens = tokens_needed(steps, windows)
+    begun = time.perf_counter()
+    with ExitStack() as stack:
+        models: dict[str, TimedModel] = {}
+        for source in (model, beside):
+            folder = stack.enter_context(timed_folder(source, context + tokens, vocabulary=vocabulary))
+            models[source] = TimedModel(
+                folder, context=context, tokens=tokens, largest=max(batch), seed=seed, engine_args=engine_args
+            )
+        arms: dict[str, list[ArmProcess]] = {source: [] for source in models}
+        about = {}
+        # A model's first engine compiles what the others then find in the caches on disk.
+        for numbers in ([0], range(1, engines)):
+            for source, timed in models.items():
+                for number in numbers:
+                    arms[source].append(ArmProcess(f"{source} {number}", all_on(runner), timed.settings))
+                    stack.callback(arms[source][-1].close)
+            for source in models:
+                for number in numbers:
+                    about[source] = arms[source][number].wait_ready()
+        started = time.perf_counter() - begun
+        rows = []
+        for size in batch:
+            for source, timed in models.items():
+                for number, arm in enumerate(arms[source]):
+                    arm.ask("begin", **timed.work(size, number))
+                for arm in arms[source]:
+                    arm.answer()
+            rows += side_by_side(arms, size=size, steps=steps, windows=windows, gpu=torch.cuda.is_available())
+            for arm in [arm for members in arms.values() for arm in members]:
+                arm.do("end")
+    return circumstances(models[model], model) | {
+        "beside": beside,
+        "steps": steps,
+        "switch": OFF,
+        "engines": about,
+        "rows": rows,
+        "start_s": started,
+        "total_s": time.perf_counter() - begun,
+    }
 
 
 def tokens_needed(steps: int, windows: int) -> int:
     """Tokens that an engine's sequences need for `side_by_side`, its settling and profiles included."""
-    return 2 * windows * (steps + 5) + _PROFILED + 100
+    return 2 * windows * (steps + 5) + windows * (steps + steps // 2 + 5) + _PROFILED + 100
 
 
 def side_by_side(
-    ours: ArmProcess,
-    beside: ArmProcess,
-    work: dict[str, Any],
-    *,
-    size: int,
-    steps: int,
-    windows: int,
-    off: str,
-    gpu: bool,
+    arms: dict[str, list[ArmProcess]], *, size: int, steps: int, windows: int, gpu: bool
 ) -> list[dict[str, Any]]:
-    """Rows `ours` and `beside` at one batch size, and `ours_without`, `beside_without`: with the switch `off` at 0.
+    """A row for each of two models, whose engines stand in the middle of decoding (see `bench_beside`).
 
-    In each of `windows` rounds both engines are timed with the switch on, then both with it off, so both stand at the
-    same context length in every pair of windows, and a machine that slows down slows both. `work`: what an
-    arm's order `begin` takes. `ratio_to_ours` is of tokens per second: below 1 is slower than ours. `host`: the
-    Python functions that take most of an engine's step.
+    In each of `windows` rounds every engine is timed alone, one of either model after the other, so both models stand
+    at the same context length in every pair of windows, and a machine that slows down slows both. Who comes first
+    changes from pair to pair. Then, again in turns, all engines of a model at once.
     """
-    for arm in (ours, beside):
-        arm.do("begin", **work)
-    seconds: dict[str, list[float]] = {"ours": [], "beside": [], "ours_without": [], "beside_without": []}
-    for _ in range(windows):
-        for value, suffix in (("1", ""), ("0", "_without")):
-            for name, arm in (("ours", ours), ("beside", beside)):
-                arm.do("set", environment={off: value})
-                seconds[name + suffix] += arm.do("timed", steps=steps, windows=1)["seconds"]
-    found = []
-    for name, arm in (("ours", ours), ("beside", beside)):
-        arm.do("set", environment={off: "1"})
-        more = {"host": arm.do("host_profile", steps=_PROFILED)}
+    names = list(arms)
+    alone: dict[str, dict[str, list[list[float]]]] = {
+        value: {name: [[] for _ in arms[name]] for name in names} for value in ("1", "0")
+    }
+    for turn in range(windows):
+        for value, found in alone.items():
+            for number in range(len(arms[names[0]])):
+                for name in names if (turn + number) % 2 == 0 else reversed(names):
+                    arm = arms[name][number]
+                    arm.do("set", environment={OFF: value})
+                    found[name][number] += arm.do("timed", steps=steps, windows=1)["seconds"]
+    for arm in [arm for members in arms.values() for arm in members]:
+        arm.do("set", environment={OFF: "1"})
+    together: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(windows):
+        for name in names if turn % 2 == 0 else reversed(names):
+            engines = timed_together(arms[name], steps=steps, windows=1)
+            together[name].append(sum(size * steps / engine["seconds"][0] for engine in engines))
+    rows = []
+    for name in names:
+        row = {"batch": size, "model": name, "engines": len(arms[name])} | _speed(alone["1"][name], size, steps)
+        row |= {"seconds": alone["1"][name], "without": _speed(alone["0"][name], size, steps)}
+        row["without"]["seconds"] = alone["0"][name]
+        row |= {"together": {"tokens_per_s": median(together[name]), "windows": together[name]}}
         if gpu:
-            more["gpu_s"] = arm.do("timed", steps=1, windows=0, gpu=True)["gpu_s"]
-        for suffix in ("", "_without"):
-            found.append(_row(name + suffix, seconds[name + suffix], size, steps) | ({} if suffix else more))
-        arm.do("end")
-    return _with_ratios(found)
+            row["gpu_s"] = arms[name][0].do("timed", steps=1, windows=0, gpu=True)["gpu_s"]
+        row["host"] = arms[name][0].do("host_profile", steps=_PROFILED)
+        rows.append(row)
+    for row in rows:
+        row["ratio_to_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        row["together_ratio_to_first"] = row["together"]["tokens_per_s"] / rows[0]["together"]["tokens_per_s"]
+    return rows
 
 
-def _row(name: str, seconds: Sequence[float], size: int, steps: int) -> dict[str, Any]:
-    step = median(seconds) / steps
-    return {"batch": size, "arm": name, "engines": 1, "tokens_per_s": size / step, "step_s": step, "seconds": [seconds]}
-
-
-def _with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    base = next(row["tokens_per_s"] for row in rows if row["arm"] == "ours")
-    return [row | {"ratio_to_ours": row["tokens_per_s"] / base} for row in rows]
+def _speed(seconds: Sequence[Sequence[float]], size: int, steps: int) -> dict[str, Any]:
+    """Of an engine alone, by the windows of all engines of a model."""
+    step = median(second for engine in seconds for second in engine) / steps
+    return {"tokens_per_s": size / step, "step_s": step}

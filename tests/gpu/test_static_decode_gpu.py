@@ -30,7 +30,21 @@ def test_a_graph_draws_what_its_steps_draw(tiny_models, monkeypatch, arch, param
     assert close(graph, steps) > 0.9 * sum(len(c.token_ids) for c in steps)
     monkeypatch.setenv(FUSED_DECODE, "0")
     plain = TransformersEngine(folder, device="cuda", policy_version=0).generate(REQUESTS, params)
-    assert close(graph, plain) > 0.3 * sum(len(c.token_ids) for c in plain)
+    assert close(graph, plain) > 2 * len(REQUESTS)  # a random model's distributions are flat: bf16 soon leads them apart
+    if params == SamplingParams(40):
+        assert mean_error(folder, graph) < 1.2 * mean_error(folder, plain) < 0.05
+
+
+def mean_error(folder, completions):
+    """Of the log-probs of the sampled tokens, against the model in float32 on a CPU."""
+    model, errors = load_model(folder), []
+    for request, completion in zip(REQUESTS, completions, strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *completion.token_ids]])
+        with torch.no_grad():
+            logps = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].log_softmax(-1)
+        found = logps.gather(-1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        errors += (found - torch.tensor(completion.logprobs)).abs().tolist()
+    return sum(errors) / len(errors)
 
 
 def test_a_graph_sees_updated_weights(tiny_models, monkeypatch):
