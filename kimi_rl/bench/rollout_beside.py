@@ -1,7 +1,7 @@
 """`kimi-rl bench rollout MODEL --beside OTHER`: engines of two models on one device, timed in windows that alternate.
 
-An engine's step is mostly Python, and two processes with the same code differ by more than the models do (where they lie
-in memory, what else their cores do). So each model has several engines, and the median is over the windows of all.
+An engine's step is mostly Python, and two processes with the same code differ by more than the models do (where they
+lie in memory, what else their cores do). So each model has several engines, and the median is over the windows of all.
 """
 
 from __future__ import annotations
