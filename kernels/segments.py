@@ -112,6 +112,25 @@ class Segments:
         children, bounds = to_device(both, self.device).split([len(parents), self.roots + 1])
         return children, bounds
 
+    @cached_property
+    def _in_order(self) -> bool:
+        """Whether the continuing sequences stand in the order of their parents."""
+        parents = self.parents[self.roots :]
+        return all(a <= b for a, b in zip(parents, parents[1:], strict=False))
+
+    def sum_over_children(self, values: torch.Tensor) -> torch.Tensor:
+        """values [N - roots, ...] of the continuing sequences -> their sums by parent [roots, ...].
+
+        In a fixed order, unlike `index_add_`, and unlike `index_put_(accumulate=True)` without two reads from the card
+        (it looks whether its indices are in range): a layer's backward would wait there until the card has caught up.
+        """
+        children, bounds = self.children
+        if not self._in_order:
+            values = values[children - self.roots]
+        rows = values.contiguous().view(len(values), -1)
+        sums = torch.segment_reduce(rows, "sum", offsets=bounds, axis=0, unsafe=True)  # unsafe: reads nothing back
+        return sums.view(self.roots, *values.shape[1:])
+
     def _made(self, key: tuple[str, int], make: Callable[[], torch.Tensor]) -> torch.Tensor:
         if key not in self._tables:
             self._tables[key] = to_device(make(), self.device)

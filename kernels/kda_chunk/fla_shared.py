@@ -103,9 +103,7 @@ class _Shared(torch.autograd.Function):
         back = functools.partial(chunk_gated_delta_rule_bwd_dhu, scale=scale, chunk_size=CHUNK)
         dh, d_starts, dv = back(q=qg, k=kg, w=w, gk=g, h0=starts, do=do, dv=dv_own, **row)
         # What the row's pass wrote for the prompts lacks what comes back through their completions' starts.
-        of = segments.parent_of_continuing
-        d_ends = torch.zeros_like(starts[: segments.roots])
-        d_ends.index_put_((of,), d_starts[segments.roots :], accumulate=True)  # in a fixed order, unlike index_add_
+        d_ends = segments.sum_over_children(d_starts[segments.roots :])
         first = {"q": qg, "k": kg, "w": w, "gk": g, "do": do, "dv": dv_own}
         dh_first, _, dv_first = back(**{name: x[:, :border] for name, x in first.items()}, dht=d_ends, **prompts)
         dh[:, : dh_first.shape[1]].copy_(dh_first)

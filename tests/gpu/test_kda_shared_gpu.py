@@ -41,3 +41,23 @@ def test_one_pass_is_two_calls_and_the_reference_with_gradients(bounds, parents,
         for name, got, expected in zip(["o", "q", "k", "v", "g", "beta"], one, two, strict=True):
             difference = float((got - expected).float().norm() / expected.float().norm())
             assert difference < (tolerance if dtype == torch.float32 else 2e-2), (name, difference)
+
+
+def test_the_host_does_not_wait_for_the_card():
+    """A wait in a layer's forward or backward leaves the card idle while the host prepares the next launches."""
+    pytest.importorskip("fla.ops.kda")
+    segments = Segments([0, 70, 90, 226, 356, 357, 500, 620], [-1, -1, -1, 0, 1, 0, 0], device="cuda")
+    heads = (1, segments.length, 2, 64)
+    q, k, v = (torch.randn(heads, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    inputs = [q, k, v, -torch.rand(heads, device="cuda"), torch.rand(heads[:3], device="cuda")]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def run():
+        torch.autograd.grad(kda_shared_fla(*inputs, segments).float().sum(), inputs)
+
+    run()  # compiles, tunes, and makes the tables of the segments
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
