@@ -36,34 +36,42 @@ def block_tables(segments: Segments) -> tuple[np.ndarray, np.ndarray]:
     The padding is one more sequence, so that every row of the softmax has something to sum over.
     """
     size = padded_length(segments)
-    bounds, parents = [*segments.bounds, size], [*segments.parents, -1]
-    some, every = (np.zeros((size // BLOCK, size // BLOCK), dtype=bool) for _ in range(2))
-    for n, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        if start == end:
-            continue
-        touched, inside = _blocks(start, end)
-        for row in range(touched.start, touched.stop):
-            some[row, touched.start : row + 1] = True
-        for row in range(inside.start, inside.stop):
-            every[row, inside.start : row] = True
-        if parents[n] >= 0:
-            seen, whole = _blocks(bounds[parents[n]], bounds[parents[n] + 1])
-            some[touched, seen] = bounds[parents[n]] < bounds[parents[n] + 1]
-            every[inside, whole] = True
+    lengths = np.array([*segments.lengths(), size - segments.length])
+    parents = np.array([*segments.parents, -1])
+    filled = np.flatnonzero(lengths)  # a sequence without tokens is in no block
+    places = np.full(len(lengths) + 1, -1)  # the last: of the parent -1
+    places[filled] = np.arange(len(filled))
+    parents, ends = places[parents[filled]], lengths[filled].cumsum()
+    # The sequences of each block's first token and of its last. A column's block lies before the row's.
+    block = np.arange(size // BLOCK)
+    first = np.searchsorted(ends, block * BLOCK, side="right")
+    last = np.searchsorted(ends, block * BLOCK + BLOCK - 1, side="right")
+    before = block[:, None] > block
+    some = (first[:, None] <= last) & before
+    np.fill_diagonal(some, True)
+    for n in np.flatnonzero(parents >= 0):
+        start, seen = ends[n] - lengths[filled[n]], ends[parents[n]] - lengths[filled[parents[n]]]
+        some[_touched(start, ends[n]), _touched(seen, ends[parents[n]])] = True
+    every = (last[:, None] == first) & before
+    # All tokens of a block see what lies within a sequence that starts by itself if all are of it or go on from it.
+    roots = np.where(parents >= 0, parents, np.arange(len(parents)))
+    family = np.cumsum(np.diff(roots, prepend=-1) != 0)
+    root = np.where(family[first] == family[last], roots[first], -1)
+    every |= (root[:, None] == first) & (root[:, None] == last) & before
     return some, every
 
 
-def _blocks(start: int, end: int) -> tuple[slice, slice]:
-    """Blocks that tokens start .. end - 1 touch, and those that lie in them whole."""
-    first, last = -(-start // BLOCK), end // BLOCK
-    return slice(start // BLOCK, -(-end // BLOCK)), slice(first, max(first, last))
+def _touched(start: int, end: int) -> slice:
+    """The blocks that tokens start .. end - 1 touch."""
+    return slice(start // BLOCK, -(-end // BLOCK))
 
 
 def block_mask(segments: Segments) -> BlockMask:
     """The mask of these segments, made once however many layers ask for it."""
     kept = getattr(segments, "_block_mask", None)
     if kept is None:
-        extra = padded_length(segments) - segments.length
+        size = padded_length(segments)
+        extra = size - segments.length
         own = F.pad(segments.sequence_of_token, (0, extra), value=-2)
         parent = F.pad(segments.parent_of_token, (0, extra), value=-3)
 
@@ -71,8 +79,12 @@ def block_mask(segments: Segments) -> BlockMask:
             return (query >= key) & ((own[query] == own[key]) | (parent[query] == own[key]))
 
         some, every = block_tables(segments)
-        tables = [*_ordered(some & ~every, segments.device), *_ordered(every, segments.device)]
-        kept = BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=rule)
+        part = some & ~every
+        # By rows and by columns: `BlockMask.from_kv_blocks` would derive the latter on the card by many small launches.
+        keys, full_keys, queries, full_queries = (
+            _ordered(table, segments.device) for table in (part, every, part.T, every.T)
+        )
+        kept = BlockMask((size, size), *keys, *full_keys, *queries, *full_queries, (BLOCK, BLOCK), rule)
         segments._block_mask = kept
     return kept
 

@@ -2,6 +2,7 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.varlen_attention import (
@@ -10,7 +11,13 @@ from kimi_rl.kernels.varlen_attention import (
     varlen_attention_reference,
     varlen_attention_torch,
 )
-from kimi_rl.kernels.varlen_attention.flex import BLOCK, block_tables, padded_length, varlen_attention_flex
+from kimi_rl.kernels.varlen_attention.flex import (
+    BLOCK,
+    block_mask,
+    block_tables,
+    padded_length,
+    varlen_attention_flex,
+)
 from kimi_rl.kernels.varlen_attention.reference import visible
 
 H, K, V = 2, 24, 16  # q and k are wider than v, as in MLA
@@ -65,17 +72,41 @@ def test_the_block_mask_of_flex_attention_says_the_same(layout):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("lengths", [[900, 130, 0, 700, 257], [70, 300, 128, 128, 513]])
-def test_tables_of_blocks_say_what_the_rule_says(lengths):
-    segments = segments_of([*lengths, 300, 1, 600, 0, 260], [-1] * 5 + [0, 0, 3, 1, 4])
+LAYOUTS = [
+    ([900, 130, 0, 700, 257, 300, 1, 600, 0, 260], [-1] * 5 + [0, 0, 3, 1, 4]),
+    ([70, 300, 128, 128, 513, 300, 1, 600, 0, 260], [-1] * 5 + [0, 0, 3, 1, 4]),
+    ([600, 50, 40, 0, 300, 257], [-1] + [0] * 5),  # blocks of several siblings, and of a prompt's end and their begin
+    ([0, 500, 300, 200], [-1, -1, 0, 1]),  # a parent without tokens
+    ([300, 200, 128], None),
+]
+
+
+@pytest.mark.parametrize("lengths, parents", LAYOUTS)
+def test_tables_of_blocks_say_what_the_rule_says(lengths, parents):
+    segments = segments_of(lengths, parents)
     size = padded_length(segments)
     seen = torch.zeros(size, size, dtype=torch.bool)
     seen[: segments.length, : segments.length] = visible(segments)
     padding = size - segments.length
-    seen[-padding:, -padding:] = torch.ones(padding, padding).tril().bool()
+    seen[segments.length :, segments.length :] = torch.ones(padding, padding).tril().bool()
     blocks = seen.unflatten(0, (-1, BLOCK)).unflatten(-1, (-1, BLOCK)).permute(0, 2, 1, 3).flatten(2)
     some, every = (torch.from_numpy(x) for x in block_tables(segments))
     assert torch.equal(some, blocks.any(-1)) and torch.equal(every, blocks.all(-1)) and every.any()
+
+
+@pytest.mark.parametrize("lengths, parents", LAYOUTS)
+def test_the_block_mask_is_the_one_that_flex_attention_derives(lengths, parents):
+    """By rows it is given, by columns PyTorch would make the tables itself."""
+    mask = block_mask(segments_of(lengths, parents))
+    by_rows = (mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices)
+    derived = BlockMask.from_kv_blocks(*by_rows, BLOCK_SIZE=BLOCK, mask_mod=mask.mask_mod)
+    assert mask.seq_lengths == derived.seq_lengths and mask.BLOCK_SIZE == derived.BLOCK_SIZE
+    for counts, places in (("q_num_blocks", "q_indices"), ("full_q_num_blocks", "full_q_indices")):
+        count, expected = getattr(mask, counts), getattr(derived, counts)
+        assert torch.equal(count, expected) and count.dtype == expected.dtype
+        read = torch.arange(count.shape[-1]) < count[..., None]  # what stands behind is not
+        got, expected = getattr(mask, places), getattr(derived, places)
+        assert torch.equal(got[read], expected[read]) and got.dtype == expected.dtype
 
 
 def test_a_continuation_sees_what_the_whole_sequence_would():
