@@ -9,6 +9,7 @@ prompts a prompt that several rows have lies in a pack once, and their completio
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,15 +76,20 @@ def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_widt
     """
     prompts, prompt_mask = input_ids[:, :-completion_width], attention_mask[:, :-completion_width].bool()
     completions, mask = input_ids[:, -completion_width:], attention_mask[:, -completion_width:].bool()
+    prompt_lengths, lengths = prompt_mask.sum(1).tolist(), mask.sum(1).tolist()
+    rows = zip(
+        prompts[prompt_mask].split(prompt_lengths),
+        completions[mask].split(lengths),
+        mask.nonzero()[:, 1].split(lengths),
+        strict=True,
+    )
     samples = []
-    for row in range(len(input_ids)):
-        columns = mask[row].nonzero().squeeze(-1)
-        if not len(columns):
+    for row, (prompt, completion, columns) in enumerate(rows):
+        if not lengths[row]:
             continue
-        prompt = prompts[row, prompt_mask[row]]
-        if not len(prompt):
-            raise ValueError(f"row {row}: a completion of {len(columns)} tokens without a prompt before it")
-        samples.append(Sample(row, prompt, completions[row, columns], columns, prompt.numpy().tobytes()))
+        if not prompt_lengths[row]:
+            raise ValueError(f"row {row}: a completion of {lengths[row]} tokens without a prompt before it")
+        samples.append(Sample(row, prompt, completion, columns, prompt.numpy().tobytes()))
     return samples
 
 
@@ -172,13 +178,11 @@ def pack(samples: Sequence[Sample], *, share_prompts: bool, device: torch.device
     """One packed row of these samples, in their order, on `device`."""
     if share_prompts:
         return _pack_shared(group_by_prompt(samples), device)
-    pieces, places, bounds = [], [], [0]
-    for sample in samples:
-        first = bounds[-1] + len(sample.prompt)
-        places.append(torch.arange(first, first + len(sample.completion)) - 1)
-        pieces += [sample.prompt, sample.completion]
-        bounds.append(bounds[-1] + sample.length)
-    positions = [torch.arange(sample.length) for sample in samples]
+    pieces = [piece for sample in samples for piece in (sample.prompt, sample.completion)]
+    bounds = [0, *itertools.accumulate(sample.length for sample in samples)]
+    firsts = [start + len(sample.prompt) for start, sample in zip(bounds, samples, strict=False)]
+    positions = _ranges([0] * len(samples), [sample.length for sample in samples])
+    places = _ranges(firsts, _completion_lengths(samples)) - 1
     return _pack(samples, pieces, positions, places, Segments(bounds, device=device), device)
 
 
@@ -188,26 +192,36 @@ def _pack_shared(groups: list[list[Sample]], device: torch.device | str) -> Pack
     parents = [-1] * len(groups) + [number for number, group in enumerate(groups) for _ in group]
     prompts = [group[0].prompt for group in groups]
     pieces = [*prompts, *(sample.completion for sample in samples)]
-    bounds = [0, *torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()]
-    places = []
-    for number in range(len(groups), len(pieces)):
-        own = torch.arange(bounds[number], bounds[number + 1] - 1)
-        last_of_prompt = torch.tensor([bounds[parents[number] + 1] - 1])
-        places.append(torch.cat([last_of_prompt, own]))
-    positions = [torch.arange(len(prompt)) for prompt in prompts]
-    positions += [torch.arange(len(s.completion)) + len(s.prompt) for s in samples]
+    bounds = [0, *itertools.accumulate(map(len, pieces))]
+    positions = _ranges([0] * len(groups) + [len(s.prompt) for s in samples], list(map(len, pieces)))
+    lengths = _completion_lengths(samples)
+    places = _ranges(bounds[len(groups) : -1], lengths) - 1
+    # A completion's first token is predicted by its prompt's last.
+    ends = torch.tensor(bounds[1:])[parents[len(groups) :]]
+    places[torch.tensor([0, *itertools.accumulate(lengths[:-1])])] = ends - 1
     return _pack(samples, pieces, positions, places, Segments(bounds, parents, device=device), device)
 
 
+def _completion_lengths(samples: Sequence[Sample]) -> list[int]:
+    return [len(sample.completion) for sample in samples]
+
+
+def _ranges(starts: list[int], lengths: list[int]) -> torch.Tensor:
+    """int64: start, start + 1, ... of each, `length` numbers long, one after the other."""
+    counts = torch.tensor(lengths)
+    shifts = torch.tensor(starts) - counts.cumsum(0) + counts
+    return shifts.repeat_interleave(counts) + torch.arange(sum(lengths))
+
+
 def _pack(samples, pieces, positions, places, segments: Segments, device) -> Pack:
-    rows = [torch.full_like(sample.columns, sample.row) for sample in samples]
+    rows = torch.tensor([s.row for s in samples]).repeat_interleave(torch.tensor(_completion_lengths(samples)))
     return Pack(
         input_ids=to_device(torch.cat(pieces).unsqueeze(0), device),
         segments=segments,
-        positions=to_device(torch.cat(positions).unsqueeze(0), device),
-        scored_places=to_device(torch.cat(places), device),
+        positions=to_device(positions.unsqueeze(0), device),
+        scored_places=to_device(places, device),
         scored_tokens=to_device(torch.cat([sample.completion for sample in samples]), device),
-        rows=to_device(torch.cat(rows), device),
+        rows=to_device(rows, device),
         columns=to_device(torch.cat([sample.columns for sample in samples]), device),
     )
 
