@@ -261,3 +261,44 @@ def test_what_packs_cannot_do_takes_the_padded_path():
     with torch.no_grad():
         logps, entropies, _ = packed._get_per_token_logps_and_entropies(packed.model, *args[1:], pixel_values=None)
     assert logps.shape == (1, 2) and entropies is None
+
+
+class Loss:
+    """Stands for TRL's trainer: the loss asks for the policy's log-probs, and then for those of some other rows."""
+
+    def compute_loss(self, model, inputs):
+        whole = [torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")]
+        width = inputs["completion_ids"].shape[1]
+        logps = [
+            self._get_per_token_logps_and_entropies(model, ids, mask, width)[0]
+            for ids, mask in (whole, [x.flip(0) for x in whole])
+        ]
+        return torch.stack(logps)
+
+
+class LossStandIn(StandIn, Loss):
+    pass
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_micro_batch_read_before_is_not_read_again(monkeypatch, mode):
+    """On a card a read waits until the micro-batch before is through."""
+    model, reads = make_model(), []
+    parts = []
+    for _ in range(2):
+        ids, mask, width = padded(*batch())
+        parts.append({"prompt_ids": ids[:, :-width], "completion_ids": ids[:, -width:]})
+        parts[-1] |= {"prompt_mask": mask[:, :-width], "completion_mask": mask[:, -width:]}
+    trainer = LossStandIn(model, mode)
+    with torch.no_grad():
+        expected = [trainer.compute_loss(model, part) for part in parts]
+        trainer.copy_to_host(parts)
+        monkeypatch.setattr(torch.Tensor, "cpu", lambda self: reads.append(self) or self)
+        for part, logps in zip(parts, expected, strict=True):
+            assert torch.equal(trainer.compute_loss(model, {**part, "advantages": None}), logps)
+            assert len(reads) == 2, "of the second rows alone"
+            reads.clear()
+        other = {**parts[0], "completion_mask": parts[0]["completion_mask"].clone()}
+        other["completion_mask"][0, 1:] = 0
+        assert not torch.equal(trainer.compute_loss(model, other), expected[0])
+        assert len(reads) == 4

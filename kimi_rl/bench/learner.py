@@ -236,6 +236,8 @@ def _timed(
             """One optimizer step; the norm of its gradient."""
             if name in PATHS:
                 trainer.packing = PackingSettings(PATHS[name], pack_tokens)
+                if PATHS[name] != "off":  # as the trainer does with a new rollout batch
+                    trainer.copy_to_host(on_device[name])
             model.train()
             for part in on_device[name]:
                 trainer.accelerator.backward(trainer.compute_loss(model, part))

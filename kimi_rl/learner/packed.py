@@ -8,16 +8,20 @@ the scores back where TRL expects them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kimi_rl.learner.packing import Pack, pack, plan, regroup, scatter, unpad
+from kimi_rl.learner.packing import Pack, Sample, pack, plan, regroup, scatter, unpad
 from kimi_rl.model.flops import ForwardCost, forward_cost
 
 Packing = Literal["auto", "off", "packed", "shared_prompt"]
+
+# Of a micro-batch of TRL's: what a pack is made of.
+_PADDED = ("prompt_ids", "completion_ids", "prompt_mask", "completion_mask")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,9 @@ class PackedLogps:
     """
 
     packing = PackingSettings("off", 0)
+    # Of each micro-batch its tensors, and its ids and mask on the host; and the latter of the one whose loss is next.
+    _copies: Sequence[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]] = ()
+    _copied: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @functools.cached_property
     def _pack_cost(self) -> ForwardCost:
@@ -51,10 +58,34 @@ class PackedLogps:
         before = self._buffered_inputs
         inputs = super()._prepare_inputs(generation_batch)
         fresh = self.model.training and self._buffered_inputs is not before
-        if self.packing.mode != "shared_prompt" or not fresh:
+        if self.packing.mode == "off" or not fresh:
             return inputs
-        self._buffered_inputs = regroup(self._buffered_inputs)
+        if self.packing.mode == "shared_prompt":
+            self._buffered_inputs = regroup(self._buffered_inputs)
+        self.copy_to_host(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def copy_to_host(self, micro_batches: list[dict[str, Any]]) -> None:
+        """Read the tokens and masks of a rollout batch from the card, once and before any of it is trained on.
+
+        Later the read would wait for all that the card still has to do: the micro-batch before would have to be through
+        before the host begins to lay this one out, and the card would then wait for the host.
+        """
+        self._copies = []
+        for part in micro_batches:
+            tensors = [part[name] for name in _PADDED]
+            prompts, completions, prompt_mask, mask = (tensor.cpu() for tensor in tensors)
+            ids = torch.cat([prompts, completions], dim=1)
+            self._copies.append((tensors, ids, torch.cat([prompt_mask, mask], dim=1)))
+
+    def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
+        for tensors, ids, mask in self._copies:
+            if all(inputs.get(name) is tensor for name, tensor in zip(_PADDED, tensors, strict=True)):
+                self._copied = ids, mask
+        try:
+            return super().compute_loss(model, inputs, *args, **kwargs)
+        finally:
+            self._copied = None
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -82,27 +113,35 @@ class PackedLogps:
                 compute_aux_loss=compute_aux_loss,
                 **images,
             )
-        packs = self._packs(input_ids, attention_mask, logits_to_keep)
-        again = torch.is_grad_enabled() and len(packs) > 1
+        groups = self._planned(input_ids, attention_mask, logits_to_keep)
+        again = torch.is_grad_enabled() and len(groups) > 1
         run = functools.partial(self._score, model, compute_entropy)
-        scores = [checkpoint(run, p, use_reentrant=False) if again else run(p) for p in packs]
+        packs, scores = [], []
+        for group in groups or [None]:  # one after another: while the card works on one, the host lays out the next
+            packs.append(self._pack(group, input_ids.device))
+            scores.append(checkpoint(run, packs[-1], use_reentrant=False) if again else run(packs[-1]))
         shape = (len(input_ids), logits_to_keep)
         logps = scatter([logps for logps, _ in scores], packs, shape)
         entropies = scatter([entropies for _, entropies in scores], packs, shape) if compute_entropy else None
         return logps, entropies, None
 
-    def _packs(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int) -> list[Pack]:
-        ids, mask = input_ids.cpu(), attention_mask.cpu()
+    def _planned(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int
+    ) -> list[list[Sample]]:
+        """The samples of each pack."""
+        ids, mask = self._copied or (input_ids.cpu(), attention_mask.cpu())
+        self._copied = None  # of the policy's own pass, the first that a loss asks for
         samples = unpad(ids, mask, completion_width)
-        if not samples:
-            # Every completion is masked out. Two tokens are run for nothing, so that a backward has a graph.
-            mask = torch.zeros_like(mask)
-            mask[0, -completion_width - 1 : -completion_width + 1 or None] = 1
-            empty = pack(unpad(ids[:1], mask[:1], completion_width), share_prompts=False, device=input_ids.device)
-            return [without_scores(empty)]
         share = self.packing.mode == "shared_prompt"
-        groups = plan(samples, self.packing.tokens, self._pack_cost, share_prompts=share)
-        return [pack(group, share_prompts=share, device=input_ids.device) for group in groups]
+        return plan(samples, self.packing.tokens, self._pack_cost, share_prompts=share)
+
+    def _pack(self, samples: list[Sample] | None, device: torch.device) -> Pack:
+        """Without samples, every completion being masked out, a pack that scores nothing: a backward needs a graph."""
+        if samples is None:
+            two = torch.zeros(2, dtype=torch.long)
+            only = Sample(0, two[:1], two[1:], two[:1], b"")
+            return without_scores(pack([only], share_prompts=False, device=device))
+        return pack(samples, share_prompts=self.packing.mode == "shared_prompt", device=device)
 
     def _score(self, model, with_entropy: bool, packed: Pack) -> tuple[torch.Tensor, torch.Tensor | None]:
         with self.accelerator.autocast():
