@@ -134,6 +134,7 @@ def trl_arguments(context: StageContext) -> GRPOConfig:
         # Both sides run the head in fp32 (see `vllm_engine`): in bf16 it is a large part of the mismatch.
         cast_lm_head_to_fp32=context.on_gpu,
         remove_unused_columns=False,
+        logging_nan_inf_filter=False,  # it would read every micro-batch's loss, and so wait for its whole backward
     )
 
 
