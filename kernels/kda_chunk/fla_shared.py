@@ -69,7 +69,8 @@ class _Shared(torch.autograd.Function):
         )
         first = {"k": kg[:, :border], "w": w[:, :border], "u": u[:, :border], "gk": g[:, :border]}
         _, _, ends = chunk_gated_delta_rule_fwd_h(**first, output_final_state=True, chunk_size=CHUNK, **prompts)
-        starts = torch.cat([torch.zeros_like(ends), ends[segments.parent_of_continuing]])  # [N, H, K, V]
+        starts = ends.new_zeros(len(segments), *ends.shape[1:])  # [N, H, K, V]
+        torch.index_select(ends, 0, segments.parent_of_continuing, out=starts[segments.roots :])
         h, v_new, _ = chunk_gated_delta_rule_fwd_h(
             k=kg, w=w, u=u, gk=g, initial_state=starts, chunk_size=CHUNK, **row
         )
