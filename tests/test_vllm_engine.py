@@ -1,6 +1,7 @@
 """The vLLM engine on a CPU against a plain forward of the same weights, and weight updates under faults."""
 
 import json
+import operator
 import shutil
 from types import SimpleNamespace
 
@@ -60,12 +61,21 @@ def update(engine, model, version=1):
     engine.finish_update(version)
 
 
+def runner_of(engine):
+    return engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
 def ragged_requests(seed, count=16, vocab=200):
     rng = np.random.default_rng(seed)
     lengths = [1, 2, *rng.integers(3, 90, size=count)][:count]
     return [
         Request(rng.integers(10, vocab, size=n).tolist(), seed=1000 * seed + i) for i, n in enumerate(lengths)
     ]
+
+
+def one_token_prompts():
+    """They come into the batch in a step that looks like one of decoding alone."""
+    return [Request([30 + n], seed=n) for n in range(8)]
 
 
 def logits_of(model, request, completion):
@@ -136,21 +146,74 @@ def test_fast_allocation_changes_no_token(served, monkeypatch):
 
 
 def test_steady_groups_change_no_token(served, monkeypatch):
-    """Requests that come and go while others decode, with metadata that are kept and without."""
+    """Requests that come and go while others decode, with what is kept and without."""
+    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder as Builder
+
     engine, steady = served.engine, steady_groups.Steady
-    requests = ragged_requests(7, count=20) + [Request([30, 40], seed=2)]
+    groups = runner_of(engine).kv_cache_config.kv_cache_groups
+    built, build = [], Builder.build
+    monkeypatch.setattr(Builder, "build", lambda self, *a, **k: built.append(1) or build(self, *a, **k))
+    requests = ragged_requests(7, count=20) + one_token_prompts()
     for params in (SamplingParams(40, temperature=0.0), SamplingParams(40)):
-        steady.copies = steady.builds = 0
+        steady.copies = steady.builds = steady.mappings = 0
+        built.clear()
         kept = engine.generate(requests, params)
-        counts = steady.copies, steady.builds
+        counts, few = (steady.copies, steady.builds, steady.mappings), len(built)
+        built.clear()
         with monkeypatch.context() as patch:
             patch.setenv("KIMI_RL_STEADY_GROUPS", "0")
             steady_groups.install()
             plain = engine.generate(requests, params)
         steady_groups.install()
         assert kept == plain
-        assert (steady.copies, steady.builds) == counts, "the switch switches"
-        assert counts[0] > 10 and (counts[1] > 10) == served.hybrid
+        assert (steady.copies, steady.builds, steady.mappings) == counts, "the switch switches"
+        assert few + counts[1] == len(built), "what was kept would have been built"
+        assert counts[0] > 10
+        if served.hybrid:
+            assert len(groups) > 1 and few < len(built) / 3 and counts[2] >= counts[1] > 10
+        else:
+            assert counts[1:] == (0, 0)
+
+
+@pytest.mark.parametrize("padded", [0, 8], ids=["as_is", "padded"])
+def test_kept_metadata_are_what_vllm_makes(served, monkeypatch, padded):
+    """Field by field in every step, as a decode step on a card makes them: in buffers of the builders, with padding."""
+    runner = runner_of(served.engine)
+    kept, steady = runner._build_attention_metadata, steady_groups.Steady
+    compared = 0
+    for parts in runner.attn_groups if served.hybrid else []:
+        for part in parts:
+            builder = part.get_metadata_builder()
+            if hasattr(builder, "use_full_cuda_graph"):
+                monkeypatch.setattr(builder, "use_full_cuda_graph", True)
+
+    def both(**kwargs):
+        nonlocal compared
+        asked = dict(kwargs)
+        if padded and kwargs["max_query_len"] == 1:
+            asked |= {"num_reqs_padded": padded, "num_tokens_padded": padded}
+        before = steady.builds
+        found, _ = kept(**asked)
+        of_kda = {
+            name: {field: value.clone() if torch.is_tensor(value) else value for field, value in vars(part).items()}
+            for name, part in found.items()
+            if hasattr(part, "num_spec_decodes")
+        }
+        plain, _ = type(runner)._build_attention_metadata(runner, **asked)
+        assert list(found) == list(plain)
+        if steady.builds > before:
+            compared += 1
+            assert of_kda
+            for name, part in of_kda.items():
+                assert part.keys() == vars(plain[name]).keys()
+                for field, value in vars(plain[name]).items():
+                    equal = torch.equal if torch.is_tensor(value) else operator.eq
+                    assert equal(part[field], value), f"{name}: {field}"
+        return type(runner)._build_attention_metadata(runner, **kwargs)
+
+    monkeypatch.setattr(runner, "_build_attention_metadata", both)
+    served.engine.generate(ragged_requests(7, count=20) + one_token_prompts(), SamplingParams(40))
+    assert (compared > 20) == served.hybrid
 
 
 LEAN = (SamplingParams(40, temperature=0.0), SamplingParams(40), SamplingParams(30, temperature=0.7, top_p=0.8))

@@ -20,7 +20,7 @@ import kimi_rl
 from kimi_rl.card_share import CARD_SHARE
 from kimi_rl.errors import InputError
 from kimi_rl.rollout.engine import Completion, Request, SamplingParams
-from kimi_rl.rollout.vllm_plugin import register, sampler_front
+from kimi_rl.rollout.vllm_plugin import register, sampler_front, steady_groups
 from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
 from kimi_rl.rollout.vllm_plugin.layerwise import LayerwiseReload
 from kimi_rl.rollout.vllm_plugin.served import served_tensors
@@ -357,6 +357,7 @@ def start_vllm(
     finally:
         torch.set_num_threads = set_num_threads  # vLLM's CPU worker replaces it by a warning
     llm.kimi_rl_host_path = sampler_front.attach(llm)
+    steady_groups.attach(llm)
     return llm
 
 

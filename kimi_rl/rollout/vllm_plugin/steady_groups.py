@@ -1,21 +1,22 @@
 """Cache groups cost nothing in steps in which their blocks stay as they are.
 
 A 3:1 hybrid has four groups of cache blocks, three of them of KDA states, where a request holds one block from its
-first token to its last. In every step vLLM copies each group's table of blocks to the card again, and builds each
-group's attention metadata from it with some twenty small operations. Here a table that has not changed is not copied
-again, and in a step of decoding alone a KDA group whose table has not changed keeps its metadata: all that is in them
-depends on the table and on the number of sequences. What the kernels read is the same.
+first token to its last. In every step vLLM copies each group's table of blocks to the card again, and for each group
+makes slot mappings and attention metadata, with some twenty small operations. Here a table that has not changed is not
+copied again (`install`), and in a step of decoding alone in which no KDA table has changed, vLLM's runner is shown
+the other groups only, and the KDA layers keep the metadata they had (`attach`): all that is in them depends on the
+tables and on the number of sequences. What the kernels read is the same.
 
 `KIMI_RL_STEADY_GROUPS=0` switches it off.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
 import os
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -23,37 +24,64 @@ log = logging.getLogger(__name__)
 
 SWITCH = "KIMI_RL_STEADY_GROUPS"
 
-_CHANGES = ("append_row", "clear_row", "move_row", "swap_row", "clear")  # a table; others call these
+_CHANGES = ("clear_row", "move_row", "swap_row", "clear")  # a table; others call these or `append_row`
 _versions = itertools.count(1)
-_tables: dict[int, weakref.ref] = {}  # where a table lies on the device -> the table
+
+# What vLLM's runner names in a step of decoding alone. Any other argument takes the plain path.
+_BUILD = {
+    "num_tokens",
+    "num_tokens_padded",
+    "num_reqs",
+    "num_reqs_padded",
+    "max_query_len",
+    "logits_indices",
+    "max_num_sampled_tokens",
+    "num_scheduled_tokens",
+    "slot_mappings",
+}
+_MAP = {"num_tokens_padded", "num_reqs_padded", "num_tokens_unpadded"}
 
 
 class Steady:
     """Whether it is on, and what was left out, for tests and for whoever wonders."""
 
     on = True
-    copies = 0
-    builds = 0
+    copies = 0  # of tables
+    builds = 0  # of a group's metadata
+    mappings = 0  # of a group's tokens
 
 
 def install() -> None:
-    """Put it before vLLM's V1 runner; call again after turning the switch. Plain vLLM where that is impossible."""
+    """Put it before vLLM's tables of blocks; call again after turning the switch. Plain vLLM where impossible."""
     Steady.on = os.environ.get(SWITCH, "1") != "0"
     try:
-        from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder as Builder
         from vllm.v1.worker.block_table import BlockTable
 
         if hasattr(BlockTable.commit_block_table, "__wrapped__") or not Steady.on:
             return
-        changes = {name: _counted(getattr(BlockTable, name)) for name in _CHANGES}
-        methods = {"commit_block_table": _commit(BlockTable.commit_block_table)}
-        build = _build(Builder.build)
+        methods = {name: _counted(getattr(BlockTable, name)) for name in _CHANGES}
+        methods["append_row"] = _counted_append(BlockTable.append_row)
+        methods["commit_block_table"] = _commit(BlockTable.commit_block_table)
     except (AttributeError, ImportError) as error:
-        log.warning("cache groups are prepared anew in every step: this vLLM is built otherwise (%s)", error)
+        log.warning("tables of cache blocks are copied in every step: this vLLM is built otherwise (%s)", error)
         return
-    for name, method in (changes | methods).items():
+    for name, method in methods.items():
         setattr(BlockTable, name, method)
-    Builder.build = build
+
+
+def attach(llm: Any) -> None:
+    """Put it before the V1 runner of `llm` (a `vllm.LLM` in this process). Plain vLLM where that is impossible.
+
+    An engine that starts with the switch off has vLLM's runner as it is.
+    """
+    if not Steady.on:
+        return
+    try:
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        if hasattr(runner, "input_batch"):  # the V2 runner has none
+            SteadyRunner(runner)
+    except (AttributeError, ImportError) as error:
+        log.warning("KDA's metadata are prepared anew in every step: this vLLM is built otherwise (%s)", error)
 
 
 def _counted(change: Callable) -> Callable:
@@ -65,6 +93,16 @@ def _counted(change: Callable) -> Callable:
     return counted
 
 
+def _counted_append(append: Callable) -> Callable:
+    @functools.wraps(append)
+    def append_row(self: Any, block_ids: Any, row_idx: int) -> None:
+        if block_ids:  # a request that gets a block in one group gets an empty list in the others
+            self._kimi_rl_version = next(_versions)
+        append(self, block_ids, row_idx)
+
+    return append_row
+
+
 def _commit(commit: Callable) -> Callable:
     @functools.wraps(commit)
     def commit_block_table(self: Any, num_reqs: int) -> None:
@@ -74,38 +112,152 @@ def _commit(commit: Callable) -> Callable:
             return
         commit(self, num_reqs)
         self._kimi_rl_committed = state
-        _tables[self.block_table.gpu.data_ptr()] = weakref.ref(self)
 
     return commit_block_table
 
 
-def _build(build: Callable) -> Callable:
-    @functools.wraps(build)
-    def build_or_keep(self: Any, common_prefix_len: int, common_attn_metadata: Any, *args: Any, **kwargs: Any) -> Any:
-        # More arguments come with speculative decoding and when CUDA graphs are captured.
-        key = None if args or kwargs or not Steady.on else _key(self, common_attn_metadata)
-        kept = self.__dict__.pop("_kimi_rl_kept", None)  # (key, metadata) of the last build, which own the buffers
-        if kept is None or key is None or kept[0] != key:
-            kept = (key, build(self, common_prefix_len, common_attn_metadata, *args, **kwargs))
-        else:
-            Steady.builds += 1
-        if key is not None and kept[1].num_prefills == 0:  # a prompt of one token may count as a prefill
-            self._kimi_rl_kept = kept
-        return kept[1]
+class SteadyRunner:
+    """Called in place of methods of a V1 runner. Keeps what belongs to KDA groups from step to step."""
 
-    return build_or_keep
+    def __init__(self, runner: Any):
+        self._runner = runner
+        self._build, self._map, self._dummy = (
+            runner._build_attention_metadata,
+            runner._get_slot_mappings,
+            runner._dummy_run,
+        )
+        self._groups = _Groups(runner)
+        # The last result of either with what it was made of; only the newest, whose buffers no later call has filled.
+        self._built: tuple[tuple, dict[str, Any]] | None = None
+        self._mapped: tuple[tuple, dict[int, Any], dict[str, Any]] | None = None
+        runner._build_attention_metadata = self.build_attention_metadata
+        runner._get_slot_mappings = self.get_slot_mappings
+        runner._dummy_run = self.dummy_run
+
+    def build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        kept, self._built = self._built, None
+        groups = self._steady_groups(args, kwargs, _BUILD)
+        key = groups and groups.key(**kwargs)
+        if key is None:
+            return self._build(*args, **kwargs)
+        if kept is None or kept[0] != key:
+            metadata, drafter = self._build(**kwargs)
+            if all(metadata[name].num_prefills == 0 for name in groups.kda_layers):  # a token may be a whole prompt
+                self._built = key, {name: metadata[name] if name in groups.kda_layers else None for name in metadata}
+            return metadata, drafter
+        mappings = kwargs["slot_mappings"]
+        kwargs["slot_mappings"] = {place: mappings[gid] for place, gid in enumerate(groups.others)}
+        metadata, drafter = self._for_the_others(groups, self._build, kwargs)
+        self._built = kept
+        Steady.builds += len(groups.kda)
+        return kept[1] | metadata, drafter
+
+    def get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """KDA layers have none: vLLM hands them a buffer in which nothing but padding is ever written."""
+        kept, self._mapped = self._mapped, None
+        groups = self._steady_groups(args, kwargs, _MAP)
+        if groups is None or not groups.unmapped:
+            return self._map(*args, **kwargs)
+        key = groups, *kwargs.values()
+        if kept is None or kept[0] != key:
+            by_group, by_layer = self._map(**kwargs)
+            self._mapped = key, by_group, by_layer
+            return by_group, by_layer
+        found, by_layer = self._for_the_others(groups, self._map, kwargs)
+        self._mapped = kept
+        Steady.mappings += len(groups.kda)
+        return kept[1] | {gid: found[place] for place, gid in enumerate(groups.others)}, kept[2] | by_layer
+
+    def dummy_run(self, *args: Any, **kwargs: Any) -> Any:
+        """It fills the buffers, and the tables on the card, for sequences that are none."""
+        self._forget()
+        try:
+            return self._dummy(*args, **kwargs)
+        finally:
+            self._forget()
+
+    def _forget(self) -> None:
+        self._built = self._mapped = None
+        for table in self._runner.input_batch.block_table.block_tables:
+            table._kimi_rl_committed = None
+
+    def _steady_groups(self, args: tuple, kwargs: dict[str, Any], plain: set[str]) -> _Groups | None:
+        """The runner's groups, unless it is off or these arguments ask for more than a plain step."""
+        if not Steady.on or args:
+            return None
+        for name, value in kwargs.items():  # such as ubatches, speculative decoding, capture of a CUDA graph
+            if name not in plain and value is not None and value is not False:
+                return None
+        runner = self._runner
+        if not self._groups.are_of(runner):
+            self._groups = _Groups(runner)
+        return self._groups if self._groups.kda else None
+
+    def _for_the_others(self, groups: _Groups, method: Callable, kwargs: dict[str, Any]) -> Any:
+        """Call `method` of a runner that has no KDA groups."""
+        runner, batch = self._runner, self._runner.input_batch
+        runner.kv_cache_config, runner.attn_groups, batch.block_table = groups.without_kda
+        try:
+            return method(**kwargs)
+        finally:
+            runner.kv_cache_config, runner.attn_groups, batch.block_table = groups.whole
 
 
-def _key(builder: Any, common: Any) -> tuple | None:
-    """What the metadata of a step of decoding alone are made of; None for any other step."""
-    if common.max_query_len != 1 or builder.use_spec_decode:
-        return None
-    if builder.vllm_config.cache_config.mamba_cache_mode != "none":  # with prefix caching, states move
-        return None
-    place = common.block_table_tensor.data_ptr()
-    table = _tables[place]() if place in _tables else None
-    version = getattr(table, "_kimi_rl_version", None)
-    if version is None:
-        return None
-    starts = common.query_start_loc
-    return version, place, common.num_reqs, common.num_actual_tokens, starts.data_ptr(), starts.shape[0]
+class _Groups:
+    """A runner's cache groups: the steady ones, of KDA layers, and the others."""
+
+    def __init__(self, runner: Any):
+        from vllm.v1.worker.block_table import SlotMappingMode
+
+        self.whole = runner.kv_cache_config, runner.attn_groups, runner.input_batch.block_table
+        config, attention, tables = self.whole
+        every = range(len(config.kv_cache_groups))
+        self.kda = [gid for gid in every if _is_kda(config.kv_cache_groups[gid], attention[gid])]
+        self.others = [gid for gid in every if gid not in self.kda]
+        if not self.others or runner.speculative_config or getattr(runner, "routed_experts_initialized", False):
+            self.kda = []  # all takes the plain path
+        self._tables = [tables[gid] for gid in self.kda]
+        self.kda_layers = {name for gid in self.kda for part in attention[gid] for name in part.layer_names}
+        self.unmapped = all(table.slot_mapping_mode is SlotMappingMode.NONE for table in self._tables)
+        self.without_kda = (
+            dataclasses.replace(config, kv_cache_groups=[config.kv_cache_groups[gid] for gid in self.others]),
+            [attention[gid] for gid in self.others],
+            [tables[gid] for gid in self.others],
+        )
+
+    def are_of(self, runner: Any) -> bool:
+        config, attention, tables = self.whole
+        return (
+            runner.kv_cache_config is config
+            and runner.attn_groups is attention
+            and runner.input_batch.block_table is tables
+        )
+
+    def key(
+        self,
+        num_tokens: int,
+        num_reqs: int,
+        max_query_len: int,
+        num_tokens_padded: int | None = None,
+        num_reqs_padded: int | None = None,
+        slot_mappings: Any = None,
+        **_: Any,
+    ) -> tuple | None:
+        """What KDA's metadata of a step of decoding alone are made of; None for any other step."""
+        if max_query_len != 1 or num_tokens != num_reqs or slot_mappings is None:
+            return None
+        versions = [getattr(table, "_kimi_rl_version", None) for table in self._tables]
+        if None in versions:
+            return None
+        return self, *versions, num_reqs, num_reqs_padded, num_tokens_padded
+
+
+def _is_kda(group: Any, attention_groups: Any) -> bool:
+    """Whether it holds states that stay in their blocks. With prefix caching, they move."""
+    from vllm.v1.attention.backends.gdn_attn import GDNAttentionMetadataBuilder
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    spec = group.kv_cache_spec
+    if type(spec) is not MambaSpec or spec.mamba_cache_mode != "none":
+        return False
+    return all(type(part.get_metadata_builder()) is GDNAttentionMetadataBuilder for part in attention_groups)
