@@ -29,6 +29,14 @@ class Tables(list):
         return self
 
 
+class Buffer:
+    def __init__(self, name):
+        self.name, self.gpu = name, self
+
+    def data_ptr(self):
+        return id(self)
+
+
 class Runner:
     """Notes which groups each call saw."""
 
@@ -40,9 +48,12 @@ class Runner:
         self.kv_cache_config = Config()
         self.attn_groups = [[SimpleNamespace(layer_names=[f"{name}.{n}" for n in (1, 2)])] for name in GROUPS]
         modes = [Mode.NONE if name.startswith("kda") else Mode.TOKEN_TO_KV_SLOT for name in GROUPS]
-        tables = [SimpleNamespace(slot_mapping_mode=m, _kimi_rl_version=n, name=GROUPS[n]) for n, m in enumerate(modes)]
+        tables = [
+            SimpleNamespace(slot_mapping_mode=mode, _kimi_rl_version=n, name=GROUPS[n], slot_mapping=Buffer(GROUPS[n]))
+            for n, mode in enumerate(modes)
+        ]
         self.input_batch = SimpleNamespace(block_table=Tables(tables))
-        self.saw, self.calls, self.prefills, self.fails = [], 0, 0, False
+        self.saw, self.calls, self.prefills, self.fails, self.fresh = [], 0, 0, False, False
 
     def look(self):
         self.saw = list(self.kv_cache_config.kv_cache_groups)
@@ -61,7 +72,9 @@ class Runner:
     def _get_slot_mappings(self, **kwargs):
         self.look()
         layers = {name: (self.calls, name) for parts in self.attn_groups for name in parts[0].layer_names}
-        return dict(enumerate(self.saw)), layers
+        tables = self.input_batch.block_table
+        buffers = [Buffer(table.name) if self.fresh else table.slot_mapping for table in tables]
+        return dict(enumerate(buffers)), layers
 
     def _dummy_run(self, tokens):
         return self._build_attention_metadata(**STEP, slot_mappings=dict(enumerate(GROUPS)))
@@ -166,23 +179,37 @@ def test_engines_that_number_groups_elsewhere_are_left_alone(runner, name):
     assert step(runner)[0] == step(runner)[0] == GROUPS
 
 
-def test_slot_mappings(runner):
-    def mappings(**changes):
-        by_group, by_layer = runner._get_slot_mappings(**TOKENS | changes)
-        assert list(by_group.items()) == list(enumerate(GROUPS))
-        assert [name for _, name in by_layer.values()] == list(by_layer) and len(by_layer) == 8
-        return runner.saw
+def mapped(runner, **changes):
+    """The groups that vLLM's own method saw; none if it was not called."""
+    runner.saw = []
+    by_group, by_layer = runner._get_slot_mappings(**TOKENS | changes)
+    assert [table.name for table in by_group.values()] == GROUPS and list(by_group) == [0, 1, 2, 3]
+    assert [name for _, name in by_layer.values()] == list(by_layer) and len(by_layer) == 8
+    return runner.saw
 
-    assert mappings() == GROUPS
-    assert mappings() == ["mla", "other"]
-    assert mappings(num_tokens_unpadded=2) == GROUPS
-    assert mappings(ubatch_slices=[slice(0, 2)]) == GROUPS
-    assert mappings() == GROUPS
-    assert mappings() == ["mla", "other"]
-    assert Steady.mappings == 4
+
+def test_padded_slot_mappings_are_filled_again_but_for_kda(runner):
+    assert mapped(runner) == GROUPS
+    assert mapped(runner) == mapped(runner) == ["mla", "other"]
+    assert mapped(runner, num_tokens_unpadded=2) == GROUPS
+    assert mapped(runner, ubatch_slices=[slice(0, 2)]) == GROUPS
+    assert mapped(runner) == GROUPS
+    assert mapped(runner) == ["mla", "other"]
+    assert Steady.mappings == 6
     runner.attn_groups = list(runner.attn_groups)
     runner.input_batch.block_table[0].slot_mapping_mode = None  # of a group whose mapping is computed
-    assert mappings() == mappings() == GROUPS
+    assert mapped(runner) == mapped(runner) == GROUPS
+
+
+def test_slot_mappings_without_padding_are_views_that_stay(runner, monkeypatch):
+    monkeypatch.setattr(steady_groups, "_is_kda", lambda group, parts: False)  # all-MLA models too
+    runner.attn_groups = list(runner.attn_groups)
+    assert mapped(runner, num_tokens_padded=3) == GROUPS
+    assert mapped(runner, num_tokens_padded=3) == mapped(runner, num_tokens_padded=3) == []
+    assert mapped(runner) == mapped(runner) == GROUPS
+    runner.input_batch.block_table[1].slot_mapping = Buffer("elsewhere")
+    runner.fresh = True
+    assert mapped(runner, num_tokens_padded=3) == mapped(runner, num_tokens_padded=3) == GROUPS
 
 
 def test_tables_on_the_card_follow_every_change(monkeypatch):
@@ -192,8 +219,7 @@ def test_tables_on_the_card_follow_every_change(monkeypatch):
     steady_groups.install()
     monkeypatch.setattr(Steady, "copies", 0)
     steady, growing = tables = [
-        BlockTable(16, 8, 32, 64, False, torch.device("cpu"), 1, SlotMappingMode.NONE)
-        for _ in range(2)
+        BlockTable(16, 8, 32, 64, False, torch.device("cpu"), 1, SlotMappingMode.NONE) for _ in range(2)
     ]
     rng, versions = random.Random(3), []
     rows = 0

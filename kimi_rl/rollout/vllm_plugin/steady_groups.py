@@ -2,10 +2,14 @@
 
 A 3:1 hybrid has four groups of cache blocks, three of them of KDA states, where a request holds one block from its
 first token to its last. In every step vLLM copies each group's table of blocks to the card again, and for each group
-makes slot mappings and attention metadata, with some twenty small operations. Here a table that has not changed is not
-copied again (`install`), and in a step of decoding alone in which no KDA table has changed, vLLM's runner is shown
-the other groups only, and the KDA layers keep the metadata they had (`attach`): all that is in them depends on the
-tables and on the number of sequences. What the kernels read is the same.
+makes slot mappings and attention metadata, with some twenty small operations. Here
+
+- a table that has not changed is not copied again (`install`);
+- slot mappings, which are views of buffers, are kept while the number of tokens stays (`attach`);
+- in a step of decoding alone in which no KDA table has changed, vLLM's runner is shown the other groups only, and the
+  KDA layers keep the metadata they had: what is in them depends on the tables and the number of sequences (`attach`).
+
+What the kernels read is the same.
 
 `KIMI_RL_STEADY_GROUPS=0` switches it off.
 """
@@ -136,8 +140,8 @@ class SteadyRunner:
 
     def build_attention_metadata(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         kept, self._built = self._built, None
-        groups = self._steady_groups(args, kwargs, _BUILD)
-        key = groups and groups.key(**kwargs)
+        groups = self._current_groups()
+        key = groups.key(**kwargs) if groups.kda and _is_plain(args, kwargs, _BUILD) else None
         if key is None:
             return self._build(*args, **kwargs)
         if kept is None or kept[0] != key:
@@ -153,20 +157,32 @@ class SteadyRunner:
         return kept[1] | metadata, drafter
 
     def get_slot_mappings(self, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-        """KDA layers have none: vLLM hands them a buffer in which nothing but padding is ever written."""
+        """Beginnings of the tables' buffers, with padding filled: the same in every step with as many tokens.
+
+        KDA's tables have no slots, so nothing but padding is ever written there; the others' padding is filled again.
+        """
         kept, self._mapped = self._mapped, None
-        groups = self._steady_groups(args, kwargs, _MAP)
-        if groups is None or not groups.unmapped:
+        if not _is_plain(args, kwargs, _MAP):
             return self._map(*args, **kwargs)
+        groups = self._current_groups()
         key = groups, *kwargs.values()
         if kept is None or kept[0] != key:
             by_group, by_layer = self._map(**kwargs)
-            self._mapped = key, by_group, by_layer
+            if groups.are_mapped_to(by_group):
+                self._mapped = key, by_group, by_layer
             return by_group, by_layer
-        found, by_layer = self._for_the_others(groups, self._map, kwargs)
+        _, by_group, by_layer = kept
+        if kwargs.get("num_tokens_padded") == kwargs.get("num_tokens_unpadded"):
+            Steady.mappings += len(by_group)
+        elif groups.kda and groups.kda_is_unmapped:
+            others, layers = self._for_the_others(groups, self._map, kwargs)
+            by_group = by_group | {gid: others[place] for place, gid in enumerate(groups.others)}
+            by_layer = by_layer | layers
+            Steady.mappings += len(groups.kda)
+        else:
+            return self._map(**kwargs)
         self._mapped = kept
-        Steady.mappings += len(groups.kda)
-        return kept[1] | {gid: found[place] for place, gid in enumerate(groups.others)}, kept[2] | by_layer
+        return by_group, by_layer
 
     def dummy_run(self, *args: Any, **kwargs: Any) -> Any:
         """It fills the buffers, and the tables on the card, for sequences that are none."""
@@ -181,17 +197,10 @@ class SteadyRunner:
         for table in self._runner.input_batch.block_table.block_tables:
             table._kimi_rl_committed = None
 
-    def _steady_groups(self, args: tuple, kwargs: dict[str, Any], plain: set[str]) -> _Groups | None:
-        """The runner's groups, unless it is off or these arguments ask for more than a plain step."""
-        if not Steady.on or args:
-            return None
-        for name, value in kwargs.items():  # such as ubatches, speculative decoding, capture of a CUDA graph
-            if name not in plain and value is not None and value is not False:
-                return None
-        runner = self._runner
-        if not self._groups.are_of(runner):
-            self._groups = _Groups(runner)
-        return self._groups if self._groups.kda else None
+    def _current_groups(self) -> _Groups:
+        if not self._groups.are_of(self._runner):
+            self._groups = _Groups(self._runner)
+        return self._groups
 
     def _for_the_others(self, groups: _Groups, method: Callable, kwargs: dict[str, Any]) -> Any:
         """Call `method` of a runner that has no KDA groups."""
@@ -218,7 +227,7 @@ class _Groups:
             self.kda = []  # all takes the plain path
         self._tables = [tables[gid] for gid in self.kda]
         self.kda_layers = {name for gid in self.kda for part in attention[gid] for name in part.layer_names}
-        self.unmapped = all(table.slot_mapping_mode is SlotMappingMode.NONE for table in self._tables)
+        self.kda_is_unmapped = all(table.slot_mapping_mode is SlotMappingMode.NONE for table in self._tables)
         self.without_kda = (
             dataclasses.replace(config, kv_cache_groups=[config.kv_cache_groups[gid] for gid in self.others]),
             [attention[gid] for gid in self.others],
@@ -232,6 +241,11 @@ class _Groups:
             and runner.attn_groups is attention
             and runner.input_batch.block_table is tables
         )
+
+    def are_mapped_to(self, by_group: dict[int, Any]) -> bool:
+        """Whether these are the buffers of the groups' tables."""
+        tables = self.whole[2]
+        return all(found.data_ptr() == tables[gid].slot_mapping.gpu.data_ptr() for gid, found in by_group.items())
 
     def key(
         self,
@@ -250,6 +264,14 @@ class _Groups:
         if None in versions:
             return None
         return self, *versions, num_reqs, num_reqs_padded, num_tokens_padded
+
+
+def _is_plain(args: tuple, kwargs: dict[str, Any], plain: set[str]) -> bool:
+    """False if it is switched off, or if the arguments ask for more than a plain step."""
+    if args or not Steady.on:
+        return False
+    # More are such as ubatches, speculative decoding, capture of a CUDA graph.
+    return all(value is None or value is False or name in plain for name, value in kwargs.items())
 
 
 def _is_kda(group: Any, attention_groups: Any) -> bool:
