@@ -40,6 +40,7 @@ from kimi_rl.kernels.segments import Segments
 from kimi_rl.kernels.short_conv import short_conv
 from kimi_rl.kernels.swiglu import swiglu
 from kimi_rl.kernels.varlen_attention import varlen_attention
+from kimi_rl.model.projections import projected_apart, projected_together
 
 # Decoding with a KDA layer's step in one kernel: on a card unless it is 0, elsewhere only if it is 1.
 FUSED_DECODE = "KIMI_RL_FUSED_DECODE"
@@ -123,7 +124,11 @@ class ForgetGate(hf.KimiLinearForgetGate):
     """Same parameters as transformers' gate. Returns g [B, T, H, K], the log decay, in float32."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return kda_gate(self.f_b_proj(self.f_a_proj(hidden_states)), self.A_log, self.dt_bias)
+        return self.finish(self.f_a_proj(hidden_states))
+
+    def finish(self, narrow: torch.Tensor) -> torch.Tensor:
+        """From the output of `f_a_proj`."""
+        return kda_gate(self.f_b_proj(narrow), self.A_log, self.dt_bias)
 
 
 class DeltaAttention(hf.KimiLinearDeltaAttention):
@@ -149,17 +154,16 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
             step = self.step(hidden_states[:, 0], cached.conv_states[0], cached.recurrent_states[0])
             return self.o_proj(step).unsqueeze(1)
 
-        qkv = torch.cat(
-            [self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)], dim=-1
-        )
-        g = self.forget_gate(hidden_states)
-        beta = self.b_proj(hidden_states)
+        gates = [self.forget_gate.f_a_proj, self.g_a_proj, self.b_proj]
+        qkv = projected_together(hidden_states, [self.q_proj, self.k_proj, self.v_proj])
+        forget, out, beta = projected_apart(hidden_states, gates)
+        g = self.forget_gate.finish(forget)
         beta = beta.to(compute_dtype(beta)).sigmoid()
         if segments is not None:
             o = self._over_segments(qkv, g, beta, segments)
         else:
             o = self._over_rows(qkv, g, beta, cache_params)
-        gate = self.g_b_proj(self.g_a_proj(hidden_states)).view(heads)
+        gate = self.g_b_proj(out).view(heads)
         return self.o_proj(self.o_norm(o, gate).reshape(batch, length, -1))
 
     def _convolve(self, qkv: torch.Tensor, **options):
