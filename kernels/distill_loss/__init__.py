@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kimi_rl.kernels.dispatch import choose
+from kimi_rl.kernels.dispatch import choose, compute_dtype
 from kimi_rl.kernels.distill_loss.reference import distill_loss_reference
 from kimi_rl.kernels.distill_loss.torch_distill import distill_loss_torch
 
@@ -45,6 +45,8 @@ def distill_loss(
         matmul_dtype: states and heads are rounded to it before they are multiplied (bf16 on a card); unset: they are
             not. Logits, softmax and sums are in float32 all the same (float64 if an input is).
 
+    On an NVIDIA card all between the products with the heads, and the gradient of the logits, is one kernel.
+
     Raises `ValueError` if the shapes do not fit or the temperature is not positive.
     """
     if (
@@ -58,8 +60,11 @@ def distill_loss(
         raise ValueError(f"distill_loss: shapes do not fit: {shapes}; they must be [S, D], [V, D], [S, E], [V, E], [S]")
     if not temperature > 0:
         raise ValueError(f"distill_loss: temperature must be above 0, found {temperature}")
-    reference = choose("distill_loss", hidden, has_fla=False) == "reference"
-    run = distill_loss_reference if reference else distill_loss_torch
+    choice = choose("distill_loss", hidden, has_fla=compute_dtype(hidden, weight) == torch.float32)
+    if choice == "fla":
+        from kimi_rl.kernels.distill_loss.triton_pass import distill_loss_triton as run
+    else:
+        run = distill_loss_reference if choice == "reference" else distill_loss_torch
     with torch.autocast(hidden.device.type, enabled=False):
         loss, kl, ce = run(
             hidden,

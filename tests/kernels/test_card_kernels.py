@@ -133,6 +133,51 @@ CASES = {
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5)
     """,
+    "distill_loss": """
+        import itertools
+        from kimi_rl.kernels.distill_loss import distill_loss_reference, distill_loss_torch
+        from kimi_rl.kernels.distill_loss.triton_pass import distill_loss_triton
+        # 9000: several blocks and a part of one; 4096: one whole; 300 and 41: less than one
+        for vocabulary, temperature, weights in itertools.chain(
+            itertools.product((300, 41), (1.0, 2.5), ((1.0, 0.0), (0.0, 1.0), (0.7, 0.3))),
+            ((9000, 1.0, (0.7, 0.3)), (9000, 1.6, (0.7, 0.3)), (4096, 1.0, (1.0, 0.1)), (4097, 0.7, (1.0, 0.0))),
+        ):
+            tokens = 7 if vocabulary < 9000 else 3
+            teacher = torch.randn(tokens, 20), torch.randn(vocabulary, 20)
+            labels = torch.randint(vocabulary, (tokens,))
+            labels[0], labels[1] = 0, vocabulary - 1
+            options = dict(temperature=temperature, kl_weight=weights[0], ce_weight=weights[1])
+            def of(form, inputs, **more):
+                found = form(*inputs, *teacher, labels, **options, **more)
+                grads = torch.autograd.grad(3 * found[0], inputs)
+                return [x.detach() for x in found] + list(grads)
+            inputs = [draw(tokens, 24), draw(vocabulary, 24)]
+            ours, plain = of(distill_loss_triton, inputs, tile=3), of(distill_loss_reference, inputs)
+            for a, b in zip(ours, plain, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-5)
+            rough = dict(matmul_dtype=torch.bfloat16)
+            ours, plain = of(distill_loss_triton, inputs, tile=3, **rough), of(distill_loss_torch, inputs, **rough)
+            for a, b in zip(ours, plain, strict=True):
+                assert a.dtype == b.dtype == torch.float32
+                assert float((a - b).norm()) <= 0.01 * float(b.norm())  # the interpreter cuts to bf16
+            narrow = [x.detach().bfloat16().requires_grad_() for x in inputs]
+            ours, plain = of(distill_loss_triton, narrow), of(distill_loss_torch, narrow)
+            for a, b in zip(ours, plain, strict=True):
+                assert a.dtype == b.dtype and float((a - b).norm()) <= 0.01 * float(b.norm())
+        large = [(1e4 * draw(4, 8)).detach().requires_grad_(), draw(50, 8)]  # far apart: most of a softmax is 0
+        teacher, labels = (torch.randn(4, 8) * 1e3, torch.randn(50, 8)), torch.zeros(4, dtype=torch.long)
+        for a, b in zip(of(distill_loss_triton, large), of(distill_loss_reference, large), strict=True):
+            assert bool(torch.isfinite(a).all())
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        half = [large[0], large[1].detach()]
+        grads = [torch.autograd.grad(form(*half, *teacher, labels)[0], half[:1])[0]
+                 for form in (distill_loss_triton, distill_loss_reference)]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():  # the parts alone
+            both = [form(*half, *teacher, labels) for form in (distill_loss_triton, distill_loss_reference)]
+            for a, b in zip(*both, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    """,
     "model": """
         import random
         from kimi_rl.kernels import kda_gate, logprob, rms_norm, short_conv, swiglu
