@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from kimi_rl.kernels.distill_loss import distill_loss, distill_loss_reference, distill_loss_torch
+from kimi_rl.learner import muon
+from kimi_rl.learner.muon import Muon
 from kimi_rl.learner.optimizers import MuonWithAdamW, muon_with_adamw
 from kimi_rl.objective import relative_error
 
@@ -112,9 +114,9 @@ class Reachable(torch.nn.Module):
 def test_muon_gets_hidden_matrices_and_both_parts_follow_one_schedule():
     model = Reachable(small_model())
     optimizer = muon_with_adamw(model, lr=0.1, weight_decay=0.01)
-    muon, adamw = optimizer.parts
-    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
-    assert [p.shape for g in muon.param_groups for p in g["params"]] == [(6, 6)]
+    matrices, adamw = optimizer.parts
+    assert isinstance(matrices, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    assert [p.shape for g in matrices.param_groups for p in g["params"]] == [(6, 6)]
     decayed = {p.shape: g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
     assert decayed == {(8, 6): 0.01, (6,): 0.0}
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: 0.5**n)
@@ -126,8 +128,73 @@ def test_muon_gets_hidden_matrices_and_both_parts_follow_one_schedule():
 def test_frozen_parameters_are_left_out():
     model = Reachable(small_model()).requires_grad_(False)
     model.model.layers[0].weight.requires_grad_(True)
-    (muon,) = muon_with_adamw(model, lr=0.1, weight_decay=0.0).parts
-    assert isinstance(muon, torch.optim.Muon)
+    (only,) = muon_with_adamw(model, lr=0.1, weight_decay=0.0).parts
+    assert isinstance(only, torch.optim.Muon)
+
+
+SHAPES = [(6, 6), (6, 10), (10, 6), (6, 10), (6, 6), (6, 10), (3, 1)]
+
+
+def muon_steps(monkeypatch, kind, steps, *, batched, weights=None, state=None, first=0, decay=0.1):
+    """Parameters and optimizer after some steps on gradients that are a function of the step."""
+    monkeypatch.setenv("KIMI_RL_BATCHED_MUON", batched)
+    generator = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(*shape, generator=generator) for shape in SHAPES]
+    parameters = [torch.nn.Parameter(w.clone()) for w in weights or drawn]
+    optimizer = kind(parameters, lr=0.05, weight_decay=decay)
+    if state is not None:
+        optimizer.load_state_dict(state)
+    for n in range(first, first + steps):
+        for number, p in enumerate(parameters):
+            generator.manual_seed(100 * n + number)
+            p.grad = None if number == 4 and n == 1 else torch.randn(p.shape, generator=generator)
+        optimizer.param_groups[0]["lr"] = 0.05 / (n + 1)
+        optimizer.step()
+    return [p.detach() for p in parameters], optimizer
+
+
+def torch_muon(parameters, *, lr, weight_decay):
+    return torch.optim.Muon(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("elements", [1 << 27, 130, 1])
+def test_muon_in_batches_is_torchs(monkeypatch, decay, elements):
+    monkeypatch.setattr(muon, "ELEMENTS", elements)
+    (start, _), (wanted, theirs) = (muon_steps(monkeypatch, torch_muon, n, batched="0", decay=decay) for n in (0, 5))
+    found, ours = muon_steps(monkeypatch, Muon, 5, batched="1", decay=decay)
+    for before, a, b in zip(start, found, wanted, strict=True):
+        assert (a - b).norm() < 0.02 * (b - before).norm()  # in bf16 an order of sums tells
+        assert (b - before).norm() > 0.01
+    states = [optimizer.state_dict()["state"] for optimizer in (ours, theirs)]
+    assert states[0].keys() == states[1].keys() == set(range(len(SHAPES)))
+    for a, b in ((states[0][number], states[1][number]) for number in range(len(SHAPES))):
+        assert a.keys() == b.keys() == {"momentum_buffer"}
+        torch.testing.assert_close(a["momentum_buffer"], b["momentum_buffer"])
+    same, _ = muon_steps(monkeypatch, Muon, 5, batched="0", decay=decay)  # the switch
+    assert all(torch.equal(a, b) for a, b in zip(same, wanted, strict=True))
+
+
+def test_muon_orthogonalises_in_batches():
+    torch.manual_seed(0)
+    for shape in ((4, 12, 30), (4, 30, 12), (2, 9, 9)):
+        found = muon.orthogonalised(torch.randn(shape), (3.4445, -4.7750, 2.0315), 5, 1e-7)
+        assert found.shape == shape and found.dtype == torch.bfloat16
+        for matrix in found:
+            values = torch.linalg.svdvals(matrix.float())
+            assert 0.4 < values.min() or shape == (2, 9, 9)  # a square one may have a value near 0
+            assert values.max() < 1.4
+
+
+def test_muon_in_batches_goes_on_from_what_torch_saved(monkeypatch):
+    whole, _ = muon_steps(monkeypatch, Muon, 5, batched="1")
+    half, optimizer = muon_steps(monkeypatch, Muon, 2, batched="1")
+    again, _ = muon_steps(monkeypatch, Muon, 3, batched="1", weights=half, state=optimizer.state_dict(), first=2)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    half, optimizer = muon_steps(monkeypatch, torch_muon, 2, batched="0")
+    other, _ = muon_steps(monkeypatch, Muon, 3, batched="1", weights=half, state=optimizer.state_dict(), first=2)
+    for a, b in zip(other, whole, strict=True):
+        assert (a - b).norm() < 0.02 * b.norm()
 
 
 def test_a_reloaded_optimizer_goes_on_the_same(tmp_path):

@@ -72,6 +72,7 @@ class _DistillLoss(torch.autograd.Function):
                 d_hidden[rows] = wide_product(dz, head, dtype)
             if d_weight is not None:
                 d_weight += wide_product(dz.T, x, dtype)
+            del dz
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtypes = hidden.dtype, weight.dtype
         kl, ce = kl.sum() / count, ce.sum() / count

@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 
+from kimi_rl.learner.muon import Muon
+
 
 class MuonWithAdamW(torch.optim.Optimizer):
-    """`torch.optim.Muon` on some parameters and `torch.optim.AdamW` on the others, under one learning rate.
+    """Muon on some parameters and `torch.optim.AdamW` on the others, under one learning rate.
 
     Muon's updates are scaled to the size of AdamW's (`match_rms_adamw`, as in Moonlight, arXiv 2502.16982), so that one
     rate fits both. Weight decay is for matrices. Parameters that need no gradient are left out.
@@ -28,9 +30,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         self.parts: list[torch.optim.Optimizer] = []
         super().__init__([*matrices, *others], {"lr": lr})
         if matrices:
-            self.parts.append(
-                torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            self.parts.append(Muon(matrices, lr=lr, weight_decay=weight_decay))
         if others:
             wide, flat = [p for p in others if p.ndim > 1], [p for p in others if p.ndim <= 1]
             groups = [{"params": wide, "weight_decay": weight_decay}, {"params": flat, "weight_decay": 0.0}]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from kimi_rl.kernels.distill_loss import distill_loss
 from kimi_rl.kernels.kda_gate import kda_gate
 from kimi_rl.kernels.logprob import token_logprobs
 from kimi_rl.kernels.rms_norm import rms_norm
@@ -24,6 +25,24 @@ def bounds():
 
 
 BF16 = torch.bfloat16
+
+
+def head():
+    return (0.05 * torch.randn(49152, 576, device="cuda")).requires_grad_()
+
+
+def distillation(temperature):
+    """With a vocabulary that is no multiple of what a program reads at a time."""
+    teacher, labels = (draw(T, 640, dtype=BF16), draw(49100, 640, dtype=BF16)), torch.arange(T, device="cuda")
+
+    def run(h, w):
+        options = dict(temperature=temperature, ce_weight=0.3, matmul_dtype=BF16)
+        found = distill_loss(h, w[:49100], teacher[0], 0.05 * teacher[1], labels, **options)
+        return [found.loss]
+
+    return run
+
+
 CASES = {
     "norm": lambda: (lambda x, w: [rms_norm(x, w, 1e-5, out_dtype=BF16)], [draw(T, 1024), draw(1024)]),
     "gated norm": lambda: (
@@ -45,6 +64,8 @@ CASES = {
         ),
         [draw(T, 1024), (0.02 * torch.randn(32768, 1024, device="cuda")).requires_grad_()],
     ),
+    "distillation": lambda: (distillation(1.0), [draw(T, 576), head()]),
+    "distillation at a temperature": lambda: (distillation(2.0), [draw(T, 576), head()]),
 }  # fmt: skip
 
 
