@@ -105,17 +105,3 @@ def drift_kl(old_logps: torch.Tensor, new_logps: torch.Tensor, mask: torch.Tenso
     """
     d = (new_logps - old_logps)[mask.bool()].double()
     return (torch.expm1(d) - d).mean().item() if d.numel() else 0.0
-
-
-def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    """Sum of squared differences over the power of `wanted`; 0: equal, 1: as far off as zeros would be.
-
-    Args:
-        found, wanted: of one shape; taken in float32 (float64 if an input is).
-
-    Returns:
-        scalar, differentiable in `found`.
-    """
-    dtype = torch.promote_types(torch.promote_types(found.dtype, wanted.dtype), torch.float32)
-    found, wanted = found.to(dtype), wanted.detach().to(dtype)
-    return (found - wanted).square().sum() / wanted.square().sum()

@@ -20,6 +20,7 @@ from kimi_rl.convert.calibration import calibration_texts, fit_constant, fit_out
 from kimi_rl.convert.report import write_report
 from kimi_rl.errors import InputError
 from kimi_rl.kernels.logprob import token_logprobs
+from kimi_rl.kernels.relative_error import relative_error
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.packing import Pack, packed_states
 from kimi_rl.learner.teacher import Teacher
@@ -27,7 +28,6 @@ from kimi_rl.model.load_save import save_model
 from kimi_rl.model.modeling import KimiLinearForCausalLM
 from kimi_rl.model.presets import dense_config, hybrid_pattern
 from kimi_rl.model.source import load_source_tokenizer, read_source_config
-from kimi_rl.objective import relative_error
 
 RELEASED_RANK, SHARED_KEY = 512, 64  # the latent of the released model, 512 + 64: vLLM's GPU kernels know this size
 # Channels of a head's keys (before the shared 64) -> of its values: the only pairs that vLLM's MLA prefill takes on a

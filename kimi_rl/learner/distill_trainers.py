@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from kimi_rl.kernels.distill_loss import distill_loss
+from kimi_rl.kernels.relative_error import relative_error
 from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.optimizers import muon_with_adamw
 from kimi_rl.learner.packing import Pack, packed_states
@@ -18,7 +19,6 @@ from kimi_rl.learner.stage import CheckpointNames, StageContext
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, shuffled_rows
 from kimi_rl.model.modeling import KimiLinearForCausalLM
-from kimi_rl.objective import relative_error
 from kimi_rl.recipe import DistillStage
 
 

@@ -6,6 +6,7 @@ import torch
 from kimi_rl.kernels.distill_loss import distill_loss
 from kimi_rl.kernels.kda_gate import kda_gate
 from kimi_rl.kernels.logprob import token_logprobs
+from kimi_rl.kernels.relative_error import relative_error
 from kimi_rl.kernels.rms_norm import rms_norm
 from kimi_rl.kernels.short_conv import short_conv
 from kimi_rl.kernels.swiglu import swiglu
@@ -63,6 +64,9 @@ CASES = {
             h, w, torch.arange(T, device="cuda"), temperature=0.8, matmul_dtype=BF16
         ),
         [draw(T, 1024), (0.02 * torch.randn(32768, 1024, device="cuda")).requires_grad_()],
+    ),
+    "relative error": lambda: (
+        lambda x: [relative_error(x, torch.ones_like(x).cumsum(0) / T)], [draw(T, 576, dtype=BF16)]
     ),
     "distillation": lambda: (distillation(1.0), [draw(T, 576), head()]),
     "distillation at a temperature": lambda: (distillation(2.0), [draw(T, 576), head()]),

@@ -178,6 +178,19 @@ CASES = {
             for a, b in zip(*both, strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     """,
+    "relative_error": """
+        from kimi_rl.kernels.relative_error import relative_error_reference, triton_error
+        one = lambda form: lambda found, wanted: [form(found, wanted.detach())]
+        ours, plain = one(triton_error.relative_error_triton), one(relative_error_reference)
+        for triton_error.PROGRAMS in (1, 3, 1024):
+            for shape in ((1, 7, 6), (1, 1000, 24), (3, 4096)):
+                wanted = draw(*shape).detach()
+                compare(ours, plain, [draw(*shape), wanted])
+                compare(ours, plain, [draw(2, *shape).detach()[0].mT.requires_grad_(), wanted.mT], rtol=1e-4)
+        narrow = [draw(1, 90, 24, dtype=torch.bfloat16), draw(1, 90, 24, dtype=torch.bfloat16).detach()]
+        compare(ours, plain, narrow, rtol=0.01, atol=1e-5)  # the interpreter cuts to bf16
+        compare(ours, plain, [narrow[0], narrow[1].float()], rtol=0.01, atol=1e-5)
+    """,
     "model": """
         import random
         from kimi_rl.kernels import kda_gate, logprob, rms_norm, short_conv, swiglu
