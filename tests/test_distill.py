@@ -14,7 +14,7 @@ from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.actor import Learner
 from kimi_rl.learner.distill import load_texts, run_distill
 from kimi_rl.learner.distill_trainers import mix
-from kimi_rl.learner.packing import packed_states
+from kimi_rl.learner.packing import Sample, pack, packed_states
 from kimi_rl.learner.stage import StageContext, StageJob
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, check_texts, rows_in_order, shuffled_rows
@@ -201,6 +201,40 @@ def test_every_token_but_a_text_s_first_is_scored():
     assert pack.scored_places.tolist() == [0, 1, 3, 4, 5]
     assert pack.scored_tokens.tolist() == texts.ids[1][1:] + texts.ids[0][1:]
     assert pack.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3]]
+
+
+def test_a_row_of_texts_is_that_of_samples():
+    """Laid out by a few operations over all texts, as `pack` lays out samples whose prompt is their first token."""
+    texts = pack_of(4, 2, 9, 30, 2)
+    for rows in ([2], [1], [3, 0, 4], [0, 1, 2, 3, 4], [1, 1]):
+        ids = [torch.tensor(texts.ids[row]) for row in rows]
+        samples = [Sample(row, x[:1], x[1:], torch.arange(len(x) - 1), b"") for row, x in zip(rows, ids, strict=True)]
+        found, wanted = texts.pack(rows), pack(samples, share_prompts=False)
+        assert found.segments.bounds == wanted.segments.bounds
+        for name in ("input_ids", "positions", "scored_places", "scored_tokens", "rows", "columns"):
+            one, other = getattr(found, name), getattr(wanted, name)
+            assert one.dtype == other.dtype and torch.equal(one, other), name
+    texts.add([5, 6, 7])  # after a row was packed
+    assert texts.pack([5, 1]).input_ids.tolist() == [[5, 6, 7, *texts.ids[1]]]
+
+
+def test_on_a_card_the_teacher_s_norms_and_feed_forwards_are_fused(folders, monkeypatch):
+    """With their plain forms in place of the card's: the same states as transformers' own."""
+    pack = pack_of(20, 13).pack([0, 1])
+    own = Teacher(str(folders / "teacher"), "teacher", dtype=torch.float32, device="cpu").run(pack)
+    seen = []
+
+    def choose(kernel, tensor, **has):
+        seen.append(kernel)
+        return "fla"
+
+    monkeypatch.setattr("kimi_rl.learner.teacher.choose", choose)
+    fused = Teacher(str(folders / "teacher"), "teacher", dtype=torch.float32, device="cpu")
+    torch.testing.assert_close(fused.run(pack), own)
+    assert (seen.count("rms_norm"), seen.count("swiglu")) == (5, 2)
+    with torch.no_grad():
+        fused.layers[0].post_attention_layernorm.weight.mul_(2)
+    assert not torch.allclose(fused.run(pack), own, rtol=0.1), "its weights are read"
 
 
 def test_rows_are_full_and_a_function_of_the_seed():

@@ -145,8 +145,10 @@ class LogitTrainer(DistillTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> torch.Tensor:
         pack: Pack = inputs["pack"]
         with self.accelerator.autocast():
-            states = packed_states(model, pack)[pack.scored_places]
-        teacher_states = self.teacher.run(pack)[pack.scored_places]
+            states = packed_states(model, pack)
+        # Not `states[places]`: that one's backward sorts the places, and twice waits for the card to look at them.
+        states = states.index_select(0, pack.scored_places)
+        teacher_states = self.teacher.run(pack).index_select(0, pack.scored_places)
         found = distill_loss(
             states,
             model.lm_head.weight,

@@ -202,6 +202,29 @@ def _pack_shared(groups: list[list[Sample]], device: torch.device | str) -> Pack
     return _pack(samples, pieces, positions, places, Segments(bounds, parents, device=device), device)
 
 
+def pack_whole(
+    tokens: torch.Tensor, starts: Sequence[int], lengths: Sequence[int], rows: Sequence[int], device: torch.device | str
+) -> Pack:
+    """One packed row of whole texts, in which every token but the first of a text is scored, on `device`.
+
+    tokens int64 [N], on the CPU: text n begins at starts[n], has lengths[n] of them, and its scores go to row rows[n]. A
+    few operations over all texts.
+    """
+    bounds = [0, *itertools.accumulate(lengths)]
+    ids, positions = tokens[_ranges(list(starts), list(lengths))], _ranges([0] * len(lengths), list(lengths))
+    places = positions[1:].nonzero().flatten()  # before every token that is not a text's first
+    counts = torch.tensor(lengths) - 1
+    return Pack(
+        input_ids=to_device(ids.unsqueeze(0), device),
+        segments=Segments(bounds, device=device),
+        positions=to_device(positions.unsqueeze(0), device),
+        scored_places=to_device(places, device),
+        scored_tokens=to_device(ids[places + 1], device),
+        rows=to_device(torch.tensor(rows).repeat_interleave(counts), device),
+        columns=to_device(positions[places], device),
+    )
+
+
 def _completion_lengths(samples: Sequence[Sample]) -> list[int]:
     return [len(sample.completion) for sample in samples]
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
 from transformers import AttentionInterface, KimiLinearConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from kimi_rl.errors import InputError
+from kimi_rl.kernels.dispatch import choose
+from kimi_rl.kernels.rms_norm import rms_norm
 from kimi_rl.kernels.segments import Segments
+from kimi_rl.kernels.swiglu import swiglu
 from kimi_rl.kernels.varlen_attention import varlen_attention
 from kimi_rl.learner.packing import Pack
 from kimi_rl.model.source import load_source
 
 # What `Teacher.run` calls for each layer in order: its number, its input and its attention's output, both [1, T, D].
 OnAttention = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 _PACKED = "kimi_rl_packed"
 
@@ -41,8 +48,39 @@ def packed_attention(
         )
     heads = query.shape[1]
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+    k, v = (_for_every_head(x, heads) for x in (k, v))
     return varlen_attention(q, k, v, segments, scale=scaling).unsqueeze(0), None
+
+
+def _for_every_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[T, G, K] of groups -> [T, H, K], each group's once for each of its heads."""
+    length, groups, width = x.shape
+    return x.unsqueeze(2).expand(length, groups, heads // groups, width).reshape(length, heads, width)
+
+
+def _norm(module: torch.nn.Module, own: Forward, hidden_states: torch.Tensor) -> torch.Tensor:
+    if choose("rms_norm", hidden_states, has_fla=True) == "fla":
+        return rms_norm(hidden_states, module.weight, module.variance_epsilon)
+    return own(hidden_states)
+
+
+def _feed_forward(module: torch.nn.Module, own: Forward, x: torch.Tensor) -> torch.Tensor:
+    if choose("swiglu", x, has_fla=True) == "fla":
+        return module.down_proj(swiglu(module.gate_proj(x), module.up_proj(x)))
+    return own(x)
+
+
+def fuse(model: PreTrainedModel) -> None:
+    """On a card, norms and the middle of feed-forward layers in one kernel each, rounded once.
+
+    In bf16 transformers' norm is eight operations, most of them on float32 copies of all states: of the bytes that a
+    small teacher moves, more than a third. Elsewhere, and with other kernels forced, they stay transformers' own.
+    """
+    for module in model.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = functools.partial(_norm, module, module.forward)
+        elif model.config.hidden_act == "silu" and all(hasattr(module, f"{name}_proj") for name in ("gate", "up", "down")):
+            module.forward = functools.partial(_feed_forward, module, module.forward)
 
 
 AttentionInterface.register(_PACKED, packed_attention)
@@ -53,6 +91,7 @@ class Teacher:
 
     def __init__(self, path: str, where: str, *, dtype: torch.dtype, device: str | torch.device):
         self.model = load_source(path, where, dtype=dtype, device=device, attention=_PACKED)
+        fuse(self.model)
         self.layers = self.model.base_model.layers
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from kimi_rl.dataset import Problems
 from kimi_rl.dataset.files import read_json_lines
 from kimi_rl.dataset.prompt_order import EndlessShuffle
 from kimi_rl.errors import InputError
-from kimi_rl.learner.packing import Pack, Sample, pack
+from kimi_rl.learner.packing import Pack, pack_whole
 
 
 @dataclass
@@ -23,6 +24,9 @@ class Texts:
     max_length: int
     ids: list[list[int]] = field(default_factory=list)
     cut: int = 0
+    # All texts end to end, int64, and where each begins: made when the first row is packed.
+    _tokens: torch.Tensor | None = field(default=None, init=False, repr=False, compare=False)
+    _starts: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def add(self, ids: Sequence[int]) -> None:
         self.cut += len(ids) > self.max_length
@@ -35,11 +39,11 @@ class Texts:
 
     def pack(self, rows: Sequence[int], device: torch.device | str = "cpu") -> Pack:
         """The texts of these numbers as one packed row, in which every token but the first of a text is scored."""
-        samples = []
-        for row in rows:
-            ids = torch.tensor(self.ids[row])
-            samples.append(Sample(row, ids[:1], ids[1:], torch.arange(len(ids) - 1), ()))
-        return pack(samples, share_prompts=False, device=device)
+        if len(self._starts) != len(self.ids):  # since then texts came
+            self._tokens = torch.tensor([token for ids in self.ids for token in ids])
+            self._starts = [0, *itertools.accumulate(self.lengths)][:-1]
+        starts, lengths = [self._starts[row] for row in rows], [len(self.ids[row]) for row in rows]
+        return pack_whole(self._tokens, starts, lengths, rows, device)
 
 
 def add_problems(texts: Texts, tokenizer: Any, rows: Any) -> None:
