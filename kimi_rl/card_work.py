@@ -19,6 +19,11 @@ def card_work(run: Callable[[], Any], largest: int = 12) -> dict[str, Any]:
     with profile(activities=[ProfilerActivity.CUDA]) as found:
         run()
         torch.cuda.synchronize()
+    return summarise(found, largest)
+
+
+def summarise(found: Any, largest: int = 12) -> dict[str, Any]:
+    """The same of a profile that is through."""
     events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
     return {
         "card_s": sum(event.self_device_time_total for event in events) / 1e6,

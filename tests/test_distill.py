@@ -14,7 +14,8 @@ from kimi_rl.kernels.segments import Segments
 from kimi_rl.learner.actor import Learner
 from kimi_rl.learner.distill import load_texts, run_distill
 from kimi_rl.learner.distill_trainers import mix
-from kimi_rl.learner.packing import Sample, pack, packed_states
+from kimi_rl.learner.packing import Sample, packed_states
+from kimi_rl.learner.packing import pack as pack_samples
 from kimi_rl.learner.stage import StageContext, StageJob
 from kimi_rl.learner.teacher import Teacher
 from kimi_rl.learner.texts import Texts, check_texts, rows_in_order, shuffled_rows
@@ -209,7 +210,7 @@ def test_a_row_of_texts_is_that_of_samples():
     for rows in ([2], [1], [3, 0, 4], [0, 1, 2, 3, 4], [1, 1]):
         ids = [torch.tensor(texts.ids[row]) for row in rows]
         samples = [Sample(row, x[:1], x[1:], torch.arange(len(x) - 1), b"") for row, x in zip(rows, ids, strict=True)]
-        found, wanted = texts.pack(rows), pack(samples, share_prompts=False)
+        found, wanted = texts.pack(rows), pack_samples(samples, share_prompts=False)
         assert found.segments.bounds == wanted.segments.bounds
         for name in ("input_ids", "positions", "scored_places", "scored_tokens", "rows", "columns"):
             one, other = getattr(found, name), getattr(wanted, name)

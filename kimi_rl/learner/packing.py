@@ -207,8 +207,8 @@ def pack_whole(
 ) -> Pack:
     """One packed row of whole texts, in which every token but the first of a text is scored, on `device`.
 
-    tokens int64 [N], on the CPU: text n begins at starts[n], has lengths[n] of them, and its scores go to row rows[n]. A
-    few operations over all texts.
+    tokens int64 [N], on the CPU: text n begins at starts[n], has lengths[n] of them, and its scores go to row rows[n].
+    A few operations over all texts.
     """
     bounds = [0, *itertools.accumulate(lengths)]
     ids, positions = tokens[_ranges(list(starts), list(lengths))], _ranges([0] * len(lengths), list(lengths))

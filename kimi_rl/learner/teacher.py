@@ -76,10 +76,11 @@ def fuse(model: PreTrainedModel) -> None:
     In bf16 transformers' norm is eight operations, most of them on float32 copies of all states: of the bytes that a
     small teacher moves, more than a third. Elsewhere, and with other kernels forced, they stay transformers' own.
     """
+    feed_forward = ("gate_proj", "up_proj", "down_proj") if model.config.hidden_act == "silu" else ()
     for module in model.modules():
         if hasattr(module, "variance_epsilon"):
             module.forward = functools.partial(_norm, module, module.forward)
-        elif model.config.hidden_act == "silu" and all(hasattr(module, f"{name}_proj") for name in ("gate", "up", "down")):
+        elif feed_forward and all(hasattr(module, name) for name in feed_forward):
             module.forward = functools.partial(_feed_forward, module, module.forward)
 
 
