@@ -22,13 +22,15 @@ def kda_step(
     conv_state: torch.Tensor,
     state: torch.Tensor,
     *,
-    conv_weight: torch.Tensor,
+    conv_weight: torch.Tensor | tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     A_log: torch.Tensor,
     dt_bias: torch.Tensor,
     norm_weight: torch.Tensor,
     eps: float,
     slots: torch.Tensor | None = None,
+    first_slot: int = 0,
     scale: float | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """conv + SiLU, L2 norm of q and k, gate, beta, one step of the delta rule, read-out, gated RMSNorm.
 
@@ -38,10 +40,12 @@ def kda_step(
         conv_state: [S, C, L], the last L >= W-1 inputs of the C = H*(2K+V) channels (q's, then k's, then v's), newest
             last. Updated in place.
         state: float32 [S, H, V, K]: value-major, as vLLM keeps it; any strides. Updated in place.
-        conv_weight: [C, W]. A_log: H elements. dt_bias: H*K elements. norm_weight: [V]. eps: of the RMSNorm.
-        slots: int [B], which of the S states each row has, no two the same; negative: the row is skipped and its
-            output 0. Unset: row i has state i.
+        conv_weight: [C, W], or a tuple of q's, k's and v's. A_log: H elements. dt_bias: H*K elements.
+        norm_weight: [V]. eps: of the RMSNorm.
+        slots: int [B], which of the S states each row has, no two the same. Unset: row i has state i.
+        first_slot: a row whose slot is below is skipped and its output 0; any number of rows may be.
         scale: of q; unset: K ** -0.5.
+        out: where the result goes, [B, H*V]; may be `out_gate`, which is then overwritten.
 
     Returns o [B, H*V] in v's dtype. No gradient.
     """
@@ -53,7 +57,9 @@ def kda_step(
         "norm_weight": norm_weight,
         "eps": eps,
         "slots": slots,
+        "first_slot": first_slot,
         "scale": scale,
+        "out": out,
     }
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         if choose("kda_step", q, has_fla=True) == "fla":

@@ -10,16 +10,29 @@ from kimi_rl.kernels.kda_gate.reference import kda_gate_reference
 from kimi_rl.kernels.short_conv.reference import short_conv_reference
 
 
+def parts_of(conv_weight: torch.Tensor | tuple[torch.Tensor, ...], qkv: tuple[torch.Tensor, ...]) -> tuple:
+    """The weights of q's, k's and v's channels, [H*K, W], [H*K, W] and [H*V, W]."""
+    if isinstance(conv_weight, torch.Tensor):
+        return conv_weight.split([x.shape[-1] for x in qkv])
+    return conv_weight
+
+
 def kda_step_reference(
     q, k, v, raw_g, raw_beta, out_gate, conv_state, state, *,
-    conv_weight, A_log, dt_bias, norm_weight, eps: float, slots=None, scale: float | None = None,
+    conv_weight, A_log, dt_bias, norm_weight, eps: float, slots=None, first_slot: int = 0, scale: float | None = None,
+    out=None,
 ):  # fmt: skip
     """Same signature and shapes as `kda_step`; float64 where an input is."""
     dtype = compute_dtype(q, k, v, raw_g, raw_beta, out_gate, state)
     heads, value_dim = A_log.numel(), norm_weight.numel()
-    slots = torch.arange(q.shape[0], device=q.device) if slots is None else slots.long()
-    rows = (slots >= 0).nonzero().squeeze(1)
+    conv_weight = torch.cat(parts_of(conv_weight, (q, k, v)))
+    if slots is None:
+        slots, first_slot = torch.arange(q.shape[0], device=q.device), 0
+    slots = slots.long()
+    rows = (slots >= first_slot).nonzero().squeeze(1)
     slots = slots[rows]
+    if not len(rows):
+        return torch.zeros_like(v) if out is None else out.zero_()
 
     new = torch.cat([q, k, v], dim=-1)[rows]
     window = conv_state[slots].to(dtype)
@@ -36,6 +49,6 @@ def kda_step_reference(
 
     o = o * torch.rsqrt(o.square().mean(-1, keepdim=True) + eps) * norm_weight.to(dtype)
     o = o * out_gate[rows].to(dtype).unflatten(-1, (heads, value_dim)).sigmoid()
-    out = v.new_zeros(v.shape)
+    out = v.new_zeros(v.shape) if out is None else out.zero_()
     out[rows] = o.flatten(1).to(v.dtype)
     return out

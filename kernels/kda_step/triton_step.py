@@ -12,15 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
+from kimi_rl.kernels.kda_step.reference import parts_of
+
 
 @triton.jit
 def _conv_inputs(
     new_ptr, conv_state_ptr, weight_ptr, row, slot, channel, first, SIZE: tl.constexpr, BLOCK: tl.constexpr,
-    stride_new, stride_slot, stride_channel, stride_time, stride_weight, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
+    stride_new, stride_slot, stride_channel, stride_time, LENGTH: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The newest input of one head's channels [BLOCK], those its state keeps and its weights, a tuple of [BLOCK] each.
 
-    `channel`: the first of the head's channels among all; `first`: among those of `new_ptr`.
+    `channel`: the first of the head's channels among all; `first`: among those of `new_ptr` and `weight_ptr`.
     """
     at = tl.arange(0, BLOCK)
     real = at < SIZE
@@ -31,7 +33,7 @@ def _conv_inputs(
         old = old + (tl.load(place + time * stride_time, mask=real, other=0.0),)
     weights = ()
     for tap in tl.static_range(WIDTH):
-        weights = weights + (tl.load(weight_ptr + (channel + at) * stride_weight + tap, mask=real, other=0.0),)
+        weights = weights + (tl.load(weight_ptr + (first + at) * WIDTH + tap, mask=real, other=0.0),)
     return new, old, weights
 
 
@@ -55,25 +57,27 @@ def _convolved(
 @triton.jit
 def _step_kernel(
     q_ptr, k_ptr, v_ptr, g_ptr, beta_ptr, gate_ptr, conv_state_ptr, state_ptr, out_ptr,
-    conv_weight_ptr, a_log_ptr, dt_bias_ptr, norm_weight_ptr, slots_ptr,
+    q_weight_ptr, k_weight_ptr, v_weight_ptr, a_log_ptr, dt_bias_ptr, norm_weight_ptr, slots_ptr,
     scale, eps,
     stride_q, stride_k, stride_v, stride_g, stride_beta, stride_gate, stride_out,
-    stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight,
-    stride_state_slot, stride_state_head, stride_state_v, stride_state_k,
+    stride_conv_slot, stride_conv_channel, stride_conv_time,
+    stride_state_slot, stride_state_head, stride_state_v, stride_state_k, stride_slots,
     HEADS: tl.constexpr, K: tl.constexpr, V: tl.constexpr, K_BLOCK: tl.constexpr, V_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, PREFETCH: tl.constexpr,
     LENGTH: tl.constexpr, WIDTH: tl.constexpr, SMALL: tl.constexpr, HAS_SLOTS: tl.constexpr,
+    FIRST_SLOT: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     over_k, over_v = tl.arange(0, K_BLOCK), tl.arange(0, V_BLOCK)
     real_k, real_v = over_k < K, over_v < V
+    # May be the gate's own place: a program has read its gate by the time the first of its sums is done.
     out_place = out_ptr + row * stride_out + head * V + over_v
     if HAS_SLOTS:
-        slot = tl.load(slots_ptr + row).to(tl.int64)
+        slot = tl.load(slots_ptr + row * stride_slots).to(tl.int64)
     else:
         slot = row
-    if slot < 0:
+    if slot < FIRST_SLOT:
         tl.store(out_place, tl.zeros([V_BLOCK], dtype=out_ptr.dtype.element_ty), mask=real_v)
         return
 
@@ -90,16 +94,16 @@ def _step_kernel(
     state = tl.load(state_place, mask=(piece_rows < V)[:, None] & real_k[None, :], other=0.0)
 
     new_q, old_q, weights_q = _conv_inputs(
-        q_ptr, conv_state_ptr, conv_weight_ptr, row, slot, head * K, head * K, K, K_BLOCK,
-        stride_q, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, WIDTH,
+        q_ptr, conv_state_ptr, q_weight_ptr, row, slot, head * K, head * K, K, K_BLOCK,
+        stride_q, stride_conv_slot, stride_conv_channel, stride_conv_time, LENGTH, WIDTH,
     )  # fmt: skip
     new_k, old_k, weights_k = _conv_inputs(
-        k_ptr, conv_state_ptr, conv_weight_ptr, row, slot, (HEADS + head) * K, head * K, K, K_BLOCK,
-        stride_k, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, WIDTH,
+        k_ptr, conv_state_ptr, k_weight_ptr, row, slot, (HEADS + head) * K, head * K, K, K_BLOCK,
+        stride_k, stride_conv_slot, stride_conv_channel, stride_conv_time, LENGTH, WIDTH,
     )  # fmt: skip
     new_v, old_v, weights_v = _conv_inputs(
-        v_ptr, conv_state_ptr, conv_weight_ptr, row, slot, 2 * HEADS * K + head * V, head * V, V, V_BLOCK,
-        stride_v, stride_conv_slot, stride_conv_channel, stride_conv_time, stride_weight, LENGTH, WIDTH,
+        v_ptr, conv_state_ptr, v_weight_ptr, row, slot, 2 * HEADS * K + head * V, head * V, V, V_BLOCK,
+        stride_v, stride_conv_slot, stride_conv_channel, stride_conv_time, LENGTH, WIDTH,
     )  # fmt: skip
     raw = tl.load(g_ptr + row * stride_g + head * K + over_k, mask=real_k, other=0.0)
     bias = tl.load(dt_bias_ptr + head * K + over_k, mask=real_k, other=0.0)
@@ -166,32 +170,36 @@ LAUNCH = (64, True, 4, None)
 
 def kda_step_triton(
     q, k, v, raw_g, raw_beta, out_gate, conv_state, state, *,
-    conv_weight, A_log, dt_bias, norm_weight, eps: float, slots=None, scale: float | None = None,
-    launch: tuple[int, bool, int, int | None] | None = None,
+    conv_weight, A_log, dt_bias, norm_weight, eps: float, slots=None, first_slot: int = 0, scale: float | None = None,
+    out=None, launch: tuple[int, bool, int, int | None] | None = None,
 ):  # fmt: skip
     """Same signature and shapes as `kda_step`. The host reads no tensor, so a CUDA graph can hold it.
 
     `launch` as `LAUNCH`.
     """
     heads, value_dim = A_log.numel(), norm_weight.numel()
-    key_dim, width, length = k.shape[-1] // heads, conv_weight.shape[-1], conv_state.shape[-1]
+    weights = [w.contiguous() for w in parts_of(conv_weight, (q, k, v))]
+    key_dim, width, length = k.shape[-1] // heads, weights[0].shape[-1], conv_state.shape[-1]
     if state.dtype != torch.float32:
         raise ValueError(f"kda_step: the state is kept in float32, found {state.dtype}")
     if length < width - 1:
         raise ValueError(f"kda_step: conv_state holds {length} inputs; a convolution over {width} needs {width - 1}")
+    if out is not None and out.stride(-1) != 1:
+        raise ValueError("kda_step: the elements of a row of `out` must lie side by side")
     rows = [x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v, raw_g, raw_beta, out_gate)]
-    conv_weight = conv_weight if conv_weight.stride(-1) == 1 else conv_weight.contiguous()
-    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device) if out is None else out
     rows_of_piece, prefetch, warps, registers = launch or LAUNCH
     blocks = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     _step_kernel[(q.shape[0] * heads,)](
         *rows, conv_state, state, out,
-        conv_weight, A_log.reshape(-1), dt_bias.reshape(-1), norm_weight, q if slots is None else slots,
+        *weights, A_log.reshape(-1), dt_bias.reshape(-1), norm_weight, q if slots is None else slots,
         key_dim**-0.5 if scale is None else scale, eps,
-        *(x.stride(0) for x in rows), out.stride(0), *conv_state.stride(), conv_weight.stride(0), *state.stride(),
+        *(x.stride(0) for x in rows), out.stride(0), *conv_state.stride(), *state.stride(),
+        0 if slots is None else slots.stride(0),
         HEADS=heads, K=key_dim, V=value_dim, K_BLOCK=blocks[0], V_BLOCK=blocks[1],
         ROWS=min(rows_of_piece, blocks[1]), PREFETCH=prefetch,
         LENGTH=length, WIDTH=width, SMALL=min(blocks) < 32 * warps, HAS_SLOTS=slots is not None,
+        FIRST_SLOT=0 if slots is None else first_slot,
         num_warps=warps, maxnreg=registers,
     )  # fmt: skip
     return out

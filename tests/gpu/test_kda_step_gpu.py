@@ -25,6 +25,25 @@ def test_equals_the_plain_form(layout):
     compare(kda_step, inputs, options, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("batch", [3, 64, 300])
+def test_as_vllm_calls_it(batch):
+    """A column of a table as slots, the first of them nobody's, three weights, and the output over the gate."""
+    torch.manual_seed(batch)
+    slots = [0 if row % 5 == 2 else row + 1 for row in range(batch)]
+    inputs, options = make_layer(
+        torch.bfloat16, batch=batch, slots=slots, states=batch + 2, device="cuda", **SIZES | {"length": 3}
+    )
+    options["first_slot"], plain, held = 1, copied(inputs), copied(inputs)
+    expected = kda_step_reference(*plain, **options)
+    table = torch.stack([options["slots"], torch.full_like(options["slots"], 77)], dim=1).int()
+    parts = tuple(options["conv_weight"].split([x.shape[-1] for x in inputs[:3]]))
+    held[5] = inputs[5].clone()
+    o = kda_step(*held, **options | {"slots": table[:, 0], "conv_weight": parts, "out": held[5]})
+    assert o is held[5] and not o[options["slots"] == 0].any()
+    assert error_ratio(o, expected) < 0.005 and error_ratio(held[7], plain[7]) < 0.005
+    assert torch.equal(held[6], plain[6]) and torch.equal(held[7][0], inputs[7][0])
+
+
 @pytest.mark.parametrize("batch", [1, 64, 256])
 def test_bfloat16_inputs_stay_within_flas_bar(batch):
     torch.manual_seed(batch)

@@ -54,6 +54,21 @@ def test_rows_find_their_slots_and_skipped_rows_change_nothing():
     torch.testing.assert_close(again, o[2:3], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("slots", [[5, 0, 2, 0], [0, 0, 0, 0]], ids=["some", "none"])
+def test_rows_below_the_first_slot_are_skipped_and_the_gates_place_may_be_the_outputs(slots):
+    inputs, options = make_layer(torch.float64, batch=4, states=6, slots=slots)
+    before = [x.clone() for x in inputs[6:]]
+    plain = copied(inputs)
+    expected = kda_step(*plain, **options | {"slots": options["slots"] - 1 + (options["slots"] > 0)})
+    parts = options["conv_weight"].split([16, 16, 12])
+    o = kda_step(*inputs, **options | {"first_slot": 1, "out": inputs[5], "conv_weight": tuple(parts)})
+    assert o is inputs[5] and torch.equal(o, expected)
+    assert (o != 0).any(dim=1).tolist() == [slot > 0 for slot in slots]
+    for now, then, same in zip(inputs[6:], before, plain[6:], strict=True):
+        assert torch.equal(now, same)
+        assert (now != then).flatten(1).any(dim=1).tolist() == [slot > 0 and slot in slots for slot in range(6)]
+
+
 def test_triton_form_in_the_interpreter(seed):
     """The kernel, interpreted on the CPU: odd sizes, padded blocks, slots, both layouts of the state, bfloat16."""
     pytest.importorskip("triton")
@@ -70,6 +85,15 @@ def test_triton_form_in_the_interpreter(seed):
         inputs[7] = inputs[7].contiguous()
         compare(kda_step_triton, inputs, options, rtol=1e-5, atol=1e-5)
         compare(kda_step_triton, *make_layer(torch.bfloat16), rtol=2e-2, atol=2e-2)
+        # As vLLM calls it: a column of a table as slots, the first one nobody's, three weights, output over the gate.
+        def as_vllm(*inputs, **options):
+            table = torch.stack([options["slots"], torch.full_like(options["slots"], 77)], dim=1).int()
+            parts = tuple(options["conv_weight"].split([16, 16, 12]))
+            gate = inputs[5].clone()
+            options |= {"slots": table[:, 0], "conv_weight": parts, "out": gate}
+            return kda_step_triton(*inputs[:5], gate, *inputs[6:], **options)
+        inputs, options = make_layer(torch.float32, batch=4, states=6, slots=[5, 0, 2, 0])
+        compare(as_vllm, inputs, options | {"first_slot": 1}, rtol=1e-5, atol=1e-5)
         print("checked")
     """
     run = subprocess.run(
