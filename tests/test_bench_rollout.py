@@ -13,6 +13,7 @@ from kimi_rl.bench.rollout_model import BLOCK, cache_bytes
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.presets import build_config
 from kimi_rl.recipe import ModelSection
+from kimi_rl.rollout.vllm_plugin import KDA_STEP
 
 
 class Arm:
@@ -38,6 +39,10 @@ def test_throughput_of_engines_side_by_side():
     assert alone["tokens_per_s"] == pytest.approx(64 / 0.003)
     both = rollout._row([{"seconds": [0.4]}, {"seconds": [0.2]}], size=64, steps=100)
     assert both["tokens_per_s"] == pytest.approx(64 / 0.004 + 64 / 0.002) and "gpu_s" not in both
+
+
+def test_stock_vllm_has_vllms_kda_layers_whatever_the_environment_says_for_ours():
+    assert rollout._OFF[KDA_STEP] == "0" and KDA_STEP not in rollout.all_on("v1") | rollout.all_on("v2")
 
 
 class Beside:

@@ -14,6 +14,7 @@ import torch
 from kimi_rl.bench.decode import copy_bandwidth, memory_floor, timed_folder
 from kimi_rl.bench.rollout_arm import ArmProcess, timed_together
 from kimi_rl.bench.rollout_model import BLOCK, TimedModel, circumstances
+from kimi_rl.rollout.vllm_plugin import KDA_STEP
 from kimi_rl.seeds import derive_seed
 
 SWITCHES = (
@@ -23,7 +24,7 @@ SWITCHES = (
     "KIMI_RL_QUIET_STEPS",
     "KIMI_RL_KEYED_SAMPLING",
 )
-_OFF = dict.fromkeys(SWITCHES, "0")
+_OFF = dict.fromkeys((*SWITCHES, KDA_STEP), "0")
 _CHECKED = 64  # tokens of each sequence of the equality check
 
 
@@ -125,7 +126,10 @@ def bench_rollout(
 
 
 def all_on(runner: str) -> dict[str, str]:
-    """The environment of an engine of ours: every switch on, and vLLM's model runner ("v1" or "v2")."""
+    """The environment of an engine of ours: every switch on, and vLLM's model runner ("v1" or "v2").
+
+    What else this process's environment says (`KDA_STEP` too) holds for the engine as well.
+    """
     return dict.fromkeys(SWITCHES, "1") | {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "v2"))}
 
 

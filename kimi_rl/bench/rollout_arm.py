@@ -108,11 +108,13 @@ class _Engine:
         host_path = self._engine._llm.kimi_rl_host_path
         runner = self._engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
         config = self._engine._llm.llm_engine.vllm_config
+        layers = {type(module).__name__ for module in self._engine._model.modules()}
         return {
             "start_s": self._start_s,
             "runner": f"{type(runner).__module__}.{type(runner).__name__}",
             "lean_logprobs": host_path.lean,
             "keyed_sampling": host_path.keyed,
+            "kda_layers": sorted(name for name in layers if "Delta" in name),
             "cuda_graphs": str(config.compilation_config.cudagraph_mode),
             "largest_cuda_graph": config.compilation_config.max_cudagraph_capture_size,
             "async_scheduling": config.scheduler_config.async_scheduling,

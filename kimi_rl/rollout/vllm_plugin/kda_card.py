@@ -1,6 +1,6 @@
 """vLLM's KDA layer on a card, with steps of decoding alone in one kernel (`kernels/kda_step`).
 
-vLLM 0.26 launches ten kernels between a layer's projections and `o_proj` for one new token per sequence: three short
+vLLM 0.26 launches nine kernels between a layer's projections and `o_proj` for one new token per sequence: three short
 convolutions, gate, beta, delta rule, gated norm, zeros and copies. Here they are one, which reads and writes the states
 where vLLM keeps them, so a step of either kind can follow a step of the other. Projections, caches, metadata and steps
 with a prompt in them are vLLM's.
