@@ -45,6 +45,9 @@ def train(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory; must be new or empty. Default: runs/<name>.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last complete checkpoint in the run directory.")] = False,
+    until: Annotated[
+        str | None, typer.Option(metavar="STAGE", help="Stop after this stage; --resume goes on from there.")
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe: its SFT and RLVR stages in order, through Ray.
@@ -59,7 +62,7 @@ def train(
     loaded = load_recipe(recipe, overrides or [])
     target = out or Path("runs") / loaded.name
     with ProgressView(enabled=not as_json) as view:
-        summary = run(loaded, target, resume=resume, view=view)
+        summary = run(loaded, target, resume=resume, view=view, until=until)
     if as_json:
         print_json(summary)
         return

@@ -21,26 +21,32 @@ from kimi_rl.report import write_report
 from kimi_rl.run_dir import RunDir, describe_environment, gpu_names, only_one
 
 
-def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None) -> dict[str, Any]:
+def train(
+    recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView | None = None, until: str | None = None
+) -> dict[str, Any]:
     """Run `recipe` into the run directory `out`; returns what `summary.json` holds.
+
+    `until`: the stage after which to stop; `status` is then "stopped", and `resume` goes on from there.
 
     Raises:
         InputError: bad data, model or folder; nothing has been written.
         RunError: the run could not go on; the run directory holds everything up to that point.
     """
+    wanted = _stages_until(recipe, until)
     check_inputs(recipe)
     with _opened(out, dump_recipe(recipe), resume) as run_dir:
         state = run_dir.load_state()
         done: list[dict[str, Any]] = state.get("stages", [])
         start = time.time()
-        if len(done) < len(recipe.stages) or state.get("status") != "finished":
+        if len(done) < wanted or (wanted == len(recipe.stages) and state.get("status") != "finished"):
             run_dir.write_environment(describe_environment())
-            _run_stages(recipe, run_dir, done, resume, view)
+            _run_stages(recipe, run_dir, done, resume, view, wanted)
+        complete = len(done) == len(recipe.stages)
         summary = {
-            "status": "complete",
+            "status": "complete" if complete else "stopped",
             "name": recipe.name,
             "seed": recipe.seed,
-            "model": str(run_dir.path / "model"),
+            "model": str(run_dir.path / "model") if complete else done[-1]["model"],
             "seconds": sum(stage["seconds"] for stage in done),
             "wall_seconds": time.time() - start,
             "stages": done,
@@ -48,6 +54,16 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False, view: ProgressView
         run_dir.write_summary(summary)
         write_report(run_dir.path)
         return summary
+
+
+def _stages_until(recipe: Recipe, until: str | None) -> int:
+    """How many of the recipe's stages are to be run."""
+    names = [stage.name for stage in recipe.stages]
+    if until is None:
+        return len(names)
+    if until not in names:
+        raise InputError(f"--until: no stage {until!r} in {recipe.name}; stages: {', '.join(names)}")
+    return names.index(until) + 1
 
 
 @contextlib.contextmanager
@@ -167,8 +183,9 @@ def local_ray(kernel_cache: str | None = None) -> Iterator[None]:
 
 
 def _run_stages(
-    recipe: Recipe, run_dir: RunDir, done: list[dict[str, Any]], resume: bool, view: ProgressView | None
+    recipe: Recipe, run_dir: RunDir, done: list[dict[str, Any]], resume: bool, view: ProgressView | None, wanted: int
 ) -> None:
+    """The first `wanted` stages, less those in `done`, which grows."""
     import ray
 
     stop = threading.Event()
@@ -182,13 +199,14 @@ def _run_stages(
             check_cards(recipe, whole_cards())
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
             start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
-            for index in range(len(done), len(recipe.stages)):
+            for index in range(len(done), wanted):
                 result = _run_stage(recipe, index, run_dir, start_model, device, resume)
                 start_model = result["model"]
                 done.append(result)
                 run_dir.save_state({"status": "running", "stages": done})
-        run_dir.publish_model(Path(start_model))
-        run_dir.save_state({"status": "finished", "stages": done})
+        if len(done) == len(recipe.stages):
+            run_dir.publish_model(Path(start_model))
+            run_dir.save_state({"status": "finished", "stages": done})
     except Exception as error:
         run_dir.save_state({"status": "failed", "error": str(error), "stages": done})
         run_dir.write_summary({"status": "failed", "name": recipe.name, "error": str(error), "stages": done})

@@ -6,9 +6,12 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kimi_rl.errors import InputError
+
+if TYPE_CHECKING:
+    from kimi_rl.rollout.engine import RolloutEngine
 
 ENGINES = ("auto", "transformers", "vllm")
 
@@ -85,10 +88,14 @@ def evaluate_model(
     k: int,
     temperature: float,
     max_tokens: int,
-    engine: str,
+    engine: str | RolloutEngine,
     seed: int,
+    verifiers: int = 1,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Figures and one record per problem (see `kimi_rl.evaluate`).
+
+    `engine`: the name of one to open, or an open one that holds `model`, which stays open. `verifiers`: processes that
+    judge answers.
 
     The figures state what was asked: `instruction`, appended to every question, and `prompt_example`, the whole first
     prompt with the chat template's marks. `dropped` names problems that were left out.
@@ -99,7 +106,8 @@ def evaluate_model(
     from kimi_rl.rewards import VerifierPool
     from kimi_rl.tokenizer import prompt_ids
 
-    check_engine(model, engine)
+    if isinstance(engine, str):
+        check_engine(model, engine)
     if data is None and not overrides:
         raise InputError("eval: which problems? Give --data NAME, or data.task=... or data.path=...")
     section = _data_section(data, overrides, "eval")
@@ -107,9 +115,10 @@ def evaluate_model(
     tokenizer = _tokenizer(model)
     rows = problems.held_out
     prompts = [prompt_ids(tokenizer, messages) for messages in rows["prompt"]]
-    loaded = _open(model, engine, longest=max(map(len, prompts)) + max_tokens + 1, seed=seed)
+    longest = max(map(len, prompts)) + max_tokens + 1
+    loaded = _open(model, engine, longest=longest, seed=seed) if isinstance(engine, str) else engine
     reward = RewardSection()
-    with VerifierPool(workers=1, deadline_s=reward.deadline_s) as verifier:
+    with VerifierPool(workers=verifiers, deadline_s=reward.deadline_s) as verifier:
         figures, records = evaluate(
             loaded.generate,
             lambda pairs: verifier.verify_many(list(pairs), kind=problems.answer_kind, extract=tuple(reward.extract)),
@@ -120,7 +129,8 @@ def evaluate_model(
             max_tokens=max_tokens,
             seed=seed,
         )
-    loaded.close()
+    if loaded is not engine:
+        loaded.close()
     for record, row_id, question in zip(records, rows["id"], rows["question"], strict=False):
         record["id"], record["question"] = row_id, question
     stated = {

@@ -60,10 +60,10 @@ def is_gguf(path: str) -> bool:
     return place.is_file() and place.suffix == ".gguf"
 
 
-def export_source(path: str, where: str, folder: str | Path) -> None:
+def export_source(path: str, where: str, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write the model of a source to `folder` in Hugging Face layout, without its tokenizer; for engines that read
-    nothing else. A GGUF file's weights come out of their quantisation in bfloat16."""
-    load_source(path, where, dtype=torch.bfloat16, device="cpu").save_pretrained(folder)
+    nothing else. A GGUF file's weights come out of their quantisation in `dtype`."""
+    load_source(path, where, dtype=dtype, device="cpu").save_pretrained(folder)
 
 
 def load_source(

@@ -200,6 +200,8 @@ def _deduplicate(rows: list[Row]) -> list[Row]:
 def _status(summary: Row, times: list[float], environments: list[Row]) -> dict[str, str]:
     if summary.get("status") == "failed":
         return {"word": "failed", "detail": str(summary.get("error") or "no reason was recorded")}
+    if summary.get("status") == "stopped":
+        return {"word": "stopped", "detail": "As it was asked to; --resume continues the run."}
     if summary:
         return {"word": "complete", "detail": ""}
     # A resumed run is alive before its first new row.
