@@ -1,0 +1,360 @@
+"""The steps from the source to the scores: what each needs, its command, and how long it will take.
+
+Seconds were measured on an H100 with 16 cores, several processes side by side. Times of both distill stages come from a
+probe of some steps; the `logits` stage gets all the time that what comes after it does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kimi_linear_135m.scheduler import Card, Scheduler, Step
+from kimi_rl.errors import InputError
+from kimi_rl.recipe import Recipe
+from kimi_rl.recipe_load import dump_recipe, load_recipe, parse_yaml
+from kimi_rl.run_dir import atomic_write_text
+
+HERE = Path(__file__).resolve().parent
+RECIPES = HERE.parents[1] / "recipes"
+STAGES = ("layers", "logits", "sft", "rlvr")  # what --until takes, in their order
+PARTS = ("distill", "source", "run")  # recipes that overrides name
+SETS = ("gsm8k", "svamp", "math500")
+
+START_S = 60.0  # a training process: imports, Ray, data, model
+ENGINE_S = 80.0  # a process with a vLLM engine
+SLACK = 0.05  # of a call's time, left over by the plan
+RESULTS_S = 40.0  # for results.json and the comparison, at the end
+LAYERS_SHARE = 0.08  # of a call's time
+STEP_S = {"layers": 0.75, "logits": 0.7}  # where no probe says otherwise
+PEAK_GIB = {"layers": 42.0, "logits": 40.0}
+LEAST_S = 30.0  # of a distill stage, however little time is left
+
+
+@dataclass
+class Settings:
+    """What was asked. `data`: gsm8k, math, svamp, math500 as `data.path` takes them; `overrides`: part of the recipes
+    (`distill`, `source`, `run`) to `KEY=VALUE`s."""
+
+    source: str
+    data: dict[str, str]
+    out: Path
+    minutes: float = 25.0
+    cards: list[Card] = field(default_factory=lambda: [Card("")])
+    cores: int = 1
+    threads: int = 1
+    arms: tuple[str, ...] = ("hybrid", "mla")
+    seeds: tuple[int, ...] = (0, 1)
+    until: str = "rlvr"
+    engine: str = "auto"
+    sample_s: float = 90.0
+    k: int = 4
+    max_tokens: int = 512
+    limit: int | None = None
+    overrides: dict[str, list[str]] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)  # `decisions` and more, in state.json
+
+    @property
+    def slots(self) -> int:
+        """Processes at a time: their starts are work for the CPU."""
+        return max(2, self.cores // 4)
+
+    def reaches(self, stage: str) -> bool:
+        return STAGES.index(self.until) >= STAGES.index(stage)
+
+    @property
+    def model(self) -> str:
+        """The source as every step but the first reads it."""
+        folder = Path(self.source)
+        return self.source if (folder / "config.json").is_file() else "models/source"
+
+
+def kimi(*words: object) -> list[str]:
+    return [sys.executable, "-m", "kimi_rl.cli", *map(str, words)]
+
+
+def worker(*words: object) -> list[str]:
+    return [sys.executable, str(HERE), *map(str, words)]
+
+
+def distill_seconds(spent: float) -> float:
+    """Of a distill stage whose steps take `spent`: its start, and held-out figures and checkpoints on the way."""
+    return START_S + 10 + 1.05 * spent
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------
+
+
+def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, Any] | None = None) -> Recipe:
+    """One stage of recipes/smollm2_convert_ARM.yaml; `decision` as in `Planner.decide`."""
+    start = f"models/{arm}" if kind == "layers" else f"runs/layers_{arm}/model"
+    own = [f"model.path={start}", f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
+    own += [f"name={kind}_{arm}"]
+    for stage in ("layers", "logits"):
+        own += [f"stages.{stage}.teacher={settings.model}"]
+        own += [f"stages.{stage}.more_data.0.path={settings.data['math']}"]
+    recipe = load_recipe(RECIPES / f"smollm2_convert_{arm}.yaml", [*own, *settings.overrides.get("distill", ())])
+    (stage,) = (stage for stage in recipe.stages if stage.name == kind)
+    changes: dict[str, Any] = {}
+    if decision:
+        steps = decision["steps"]
+        changes = {"steps": steps, "warmup_steps": min(stage.warmup_steps, max(1, steps // 10))}
+        changes["pack_tokens"] = decision["pack_tokens"]
+        if decision.get("samples"):
+            changes["texts"] = "samples.jsonl"
+    tree = recipe.model_dump() | {"stages": [stage.model_dump() | changes]}
+    return Recipe.model_validate(tree)
+
+
+def source_recipe(settings: Settings) -> Recipe:
+    own = [f"model.path={settings.model}", f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
+    return load_recipe(RECIPES / "gsm8k_sft_smollm2_source.yaml", [*own, *settings.overrides.get("source", ())])
+
+
+def run_overrides(settings: Settings) -> list[str]:
+    """Of every run of the comparison; verdicts side by side are the same verdicts."""
+    own = [f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
+    return [*own, f"reward.workers={min(6, settings.threads)}", *settings.overrides.get("run", ())]
+
+
+def comparison_file(settings: Settings) -> dict[str, Any]:
+    """recipes/compare_gsm8k_smollm2.yaml with our models and seeds, and without its measurement of decoding."""
+    path = RECIPES / "compare_gsm8k_smollm2.yaml"
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    base = parse_yaml((RECIPES / tree["base"]).read_text(encoding="utf-8"), tree["base"])
+    arms = {arm: {"model.path": f"runs/logits_{arm}/model"} for arm in ("mla", "hybrid")}
+    return tree | {"base": base, "arms": arms, "seeds": list(settings.seeds), "efficiency": None}
+
+
+def run_recipe(settings: Settings, arm: str, seed: int) -> Recipe:
+    """The recipe that `kimi-rl compare` gives the run of this arm and seed."""
+    base = RECIPES / "gsm8k_sft_kimi_smollm2_hybrid.yaml"
+    own = [f"model.path=runs/logits_{arm}/model", f"seed={seed}", f"name={arm}_seed_{seed}"]
+    return load_recipe(base, [*run_overrides(settings), *own])
+
+
+def run_folder(arm: str, seed: int | str) -> str:
+    return f"compare/runs/{arm}/seed_{seed}"
+
+
+# --- the graph --------------------------------------------------------------------------------------------------
+
+
+class Planner:
+    """Makes the steps of `settings`, and decides the distill stages' lengths once they are known to matter."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.scheduler: Scheduler | None = None  # set by whoever runs the steps
+        self.decisions: dict[str, dict[str, Any]] = settings.kept.setdefault("decisions", {})
+
+    def steps(self) -> list[Step]:
+        s, steps = self.settings, []
+        exported = ()
+        if s.model != s.source:
+            exported = ("source",)
+            steps.append(Step("source", worker("source", s.source, s.model), 30, threads=s.threads, makes=s.model))
+        for arm in s.arms:
+            out, threads = f"models/{arm}", max(1, s.cores // (len(s.arms) + 1))
+            command = kimi("convert", s.model, "--arch", arm, "--calibration", s.data["gsm8k"], "--out", out)
+            step = Step(f"convert_{arm}", command, 110, exported, threads=threads, makes=f"{out}/convert.json")
+            step.settle = lambda step, out=out: self._clear(out)
+            steps.append(step)
+        probes = self._probes(exported)
+        steps += probes
+        if s.reaches("logits") and s.sample_s:
+            command = worker("sample", s.model, "samples.jsonl", *self._sets("gsm8k", "math"))
+            command += ["--seconds", str(s.sample_s), "--engine", s.engine]
+            step = Step("sample", command, ENGINE_S + s.sample_s, exported, load=0.5, start_s=ENGINE_S, gib=14,
+                        threads=s.threads, makes="samples.jsonl")  # fmt: skip
+            steps.append(step)
+        for kind in ("layers", "logits"):
+            if s.reaches(kind):
+                steps += [self._distill(kind, arm, [step.name for step in probes]) for arm in s.arms]
+        if s.reaches("logits"):
+            steps.append(self._score("source", s.model, exported))
+            steps += [self._score(f"distilled_{a}", f"runs/logits_{a}/model", (f"logits_{a}",)) for a in s.arms]
+        if s.reaches("sft"):
+            steps += self._tuned(exported)
+        return steps
+
+    def _probes(self, exported: tuple[str, ...]) -> list[Step]:
+        """Of each arm, or of all in one process where there are fewer cards than arms."""
+        s = self.settings
+        groups = [(arm,) for arm in s.arms] if len(s.cards) >= len(s.arms) else [s.arms]
+        made = []
+        for arms in groups:
+            name = "_".join(("probe", *arms))
+            command = worker("probe", "--source", s.model, "--threads", s.threads, *arms)
+            step = Step(name, command, 50 + 45 * len(arms), exported, load=0.6, start_s=50, gib=45, threads=s.threads,
+                        makes=f"probes/{arms[-1]}.json")  # fmt: skip
+            step.settle = lambda step, arms=arms: self._write_probe_recipes(arms)
+            made.append(step)
+        return made
+
+    def _distill(self, kind: str, arm: str, probes: list[str]) -> Step:
+        s, name = self.settings, f"{kind}_{arm}"
+        if kind == "layers":
+            needs, after = (f"convert_{arm}",), tuple(probes)
+        else:  # all arms are to have got here, so that they get equally many steps
+            needs = (f"layers_{arm}",)
+            after = tuple(f"layers_{other}" for other in s.arms) + (("sample",) if s.sample_s else ())
+        step = Step(name, [], self._distill_seconds(kind), needs, after, load=1.0, start_s=START_S,
+                    gib=PEAK_GIB[kind], threads=s.threads, makes=f"runs/{name}/model/config.json")  # fmt: skip
+        step.settle = lambda step: self._settle_distill(step, kind, arm)
+        return step
+
+    def _tuned(self, exported: tuple[str, ...]) -> list[Step]:
+        """SFT of the source; SFT and RLVR of each arm and seed; their scores."""
+        s, stopping = self.settings, not self.settings.reaches("rlvr")
+        steps = [Step("source_sft", [], START_S + 150, exported, load=0.6, start_s=START_S, gib=16,
+                      threads=s.threads, makes="runs/source_sft/model/config.json")]  # fmt: skip
+        steps[0].settle = lambda step: self._settle_train(step, source_recipe(s), "runs/source_sft")
+        steps.append(self._score("source_sft", "runs/source_sft/model", ("source_sft",)))
+        for seed in s.seeds:
+            for arm in s.arms:
+                folder, name = run_folder(arm, seed), f"{'sft' if stopping else 'run'}_{arm}_{seed}"
+                tuned = f"{folder}/stages/0_sft/model"
+                made = f"{tuned if stopping else folder + '/model'}/config.json"
+                step = Step(name, [], START_S + 140 + (0 if stopping else 340), (f"logits_{arm}",), load=0.5,
+                            start_s=START_S, gib=26, threads=s.threads, makes=made)  # fmt: skip
+                step.settle = lambda step, arm=arm, seed=seed, folder=folder: self._settle_train(
+                    step, run_recipe(s, arm, seed), folder, *(["--until", "sft"] if stopping else [])
+                )
+                # The rlvr stage evaluates on GSM8K before and after.
+                sets = SETS if stopping else SETS[1:]
+                steps += [step, self._score(f"sft_{arm}_{seed}", tuned, (name,), sets)]
+                if not stopping:
+                    steps.append(self._score(f"rlvr_{arm}_{seed}", f"{folder}/model", (name,), sets))
+        return steps
+
+    def _score(self, name: str, model: str, needs: tuple[str, ...], sets: tuple[str, ...] = SETS) -> Step:
+        s = self.settings
+        command = worker("score", model, name, *self._sets(*sets), "--k", s.k, "--max-tokens", s.max_tokens)
+        command += ["--engine", s.engine, "--threads", str(s.threads)] + (["--limit", str(s.limit)] if s.limit else [])
+        seconds = ENGINE_S + (130 if "gsm8k" in sets else 70)
+        made = f"scores/{name}_{sets[-1]}.json"
+        return Step(f"score_{name}", command, seconds, needs, load=0.4, start_s=ENGINE_S, gib=13, threads=s.threads,
+                    makes=made)  # fmt: skip
+
+    def _sets(self, *names: str) -> list[str]:
+        return [f"{name}={self.settings.data[name]}" for name in names]
+
+    # --- what is known only later -----------------------------------------------------------------------------
+
+    def _clear(self, folder: str) -> None:
+        """A conversion takes no folder that another left half done."""
+        shutil.rmtree(self.settings.out / folder, ignore_errors=True)
+
+    def _write_probe_recipes(self, arms: tuple[str, ...]) -> None:
+        for arm in arms:
+            for kind in ("layers", "logits"):
+                text = dump_recipe(distill_recipe(self.settings, arm, kind))
+                self._write(f"recipes/probe_{kind}_{arm}.yaml", text)
+
+    def _write(self, name: str, text: str) -> None:
+        (self.settings.out / name).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(self.settings.out / name, text)
+
+    def _settle_train(self, step: Step, recipe: Recipe, folder: str, *more: str) -> None:
+        """`kimi-rl train`, which goes on with what is in `folder` already."""
+        name = f"recipes/{recipe.name}.yaml"
+        self._write(name, dump_recipe(recipe))
+        begun = (self.settings.out / folder / "recipe.yaml").is_file()
+        step.command = kimi("train", name, "--out", folder, "--json", *more, *(["--resume"] if begun else []))
+
+    def _settle_distill(self, step: Step, kind: str, arm: str) -> None:
+        if kind not in self.decisions:
+            self.decisions[kind] = self.decide(kind)
+        step.seconds, step.gib = self._distill_seconds(kind), self.decisions[kind]["gib"]
+        self._settle_train(step, distill_recipe(self.settings, arm, kind, self.decisions[kind]), f"runs/{kind}_{arm}")
+
+    def _distill_seconds(self, kind: str) -> float:
+        """By what was decided; before that `layers` counts with its share of the time, `logits` with the least."""
+        if kind in self.decisions:
+            return distill_seconds(self.decisions[kind]["steps"] * self.decisions[kind]["step_s"])
+        return distill_seconds(LAYERS_SHARE * 60 * self.settings.minutes if kind == "layers" else LEAST_S)
+
+    def _measured(self, kind: str) -> dict[str, Any]:
+        """step_s, pack_tokens and gib of the slower and larger arm, by the probes; the recipe's own steps."""
+        stages = [distill_recipe(self.settings, arm, kind).stages[0] for arm in self.settings.arms]
+        found = []
+        for arm in self.settings.arms:
+            file = self.settings.out / "probes" / f"{arm}.json"
+            probe = json.loads(file.read_text()).get(kind) if file.is_file() else None
+            found += [probe] if probe else []
+        peaks = [probe["peak_gib"] for probe in found if probe["peak_gib"]]
+        return {
+            "step_s": max((probe["step_s"] for probe in found), default=STEP_S[kind]),
+            "pack_tokens": min((probe["pack_tokens"] for probe in found), default=stages[0].pack_tokens),
+            "gib": 1.1 * max(peaks) + 2 if peaks else PEAK_GIB[kind],
+            "most": stages[0].steps,
+        }
+
+    def decide(self, kind: str) -> dict[str, Any]:
+        """How many steps every arm takes, and the size of its rows.
+
+        Steps that an override sets hold. `layers` takes its share of the time, at most the recipe's steps; a stage
+        after which the call ends, and `logits` always, all that the steps after it leave of it.
+        """
+        found = self._measured(kind)
+        step_s, most = found["step_s"], found.pop("most")
+        found["samples"] = kind == "logits" and (self.settings.out / "samples.jsonl").is_file()
+        if any(word.startswith(f"stages.{kind}.steps=") for word in self.settings.overrides.get("distill", ())):
+            return found | {"steps": most}
+        if kind == "logits" or self.settings.until == kind:
+            most = most if kind == "layers" else 10**6
+            steps = self._most_that_fit(kind, found, most)
+        else:
+            rounds = -(-len(self.settings.arms) // len(self.settings.cards))  # arms that share a card take turns
+            steps = min(most, int(LAYERS_SHARE * 60 * self.settings.minutes / rounds / step_s))
+        return found | {"steps": max(steps, min(most, int(LEAST_S / step_s)), 2)}
+
+    def _most_that_fit(self, kind: str, found: dict[str, Any], most: int) -> int:
+        """The largest number of steps with which everything ends in time, less some slack."""
+        s, scheduler = self.settings, self.scheduler
+        assert scheduler is not None
+        budget = scheduler.time_left() - SLACK * 60 * s.minutes
+        stages = [step for step in scheduler.steps if step.name in {f"{kind}_{arm}" for arm in s.arms}]
+        before = [(step.seconds, step.gib) for step in stages]
+
+        def ends(steps: int) -> float:
+            for step in stages:
+                step.gib, step.seconds = found["gib"], distill_seconds(steps * found["step_s"])
+            return max((end for _, end in scheduler.forecast().values()), default=0.0)
+
+        low, high = 0, min(most, int(max(budget, 0) / found["step_s"]) + 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if ends(middle) <= budget else (low, middle - 1)
+        for step, (seconds, gib) in zip(stages, before, strict=True):
+            step.seconds, step.gib = seconds, gib
+        return low
+
+    def outlook(self) -> dict[str, tuple[float, float]]:
+        """When each step would begin and end, by what is known now: with the steps that would be decided now."""
+        for kind in ("layers", "logits"):
+            if kind not in self.decisions and self.settings.reaches(kind):
+                decision = self.decide(kind)
+                for step in self.scheduler.steps:
+                    if step.name.startswith(f"{kind}_"):
+                        step.seconds = distill_seconds(decision["steps"] * decision["step_s"])
+        return self.scheduler.forecast()
+
+
+def check_settings(settings: Settings) -> None:
+    """Mistakes that can be seen at once. Raises InputError."""
+    for part in settings.overrides:
+        if part not in PARTS:
+            raise InputError(f"override {part}:...: unknown part; give one of {', '.join(PARTS)}")
+    for arm in settings.arms:
+        for kind in ("layers", "logits"):
+            distill_recipe(settings, arm, kind)
+        for seed in settings.seeds:
+            run_recipe(settings, arm, seed)
+    source_recipe(settings)
+
