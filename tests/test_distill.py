@@ -358,6 +358,24 @@ def without_ray(monkeypatch):
     monkeypatch.setattr("ray.cluster_resources", dict)
 
 
+def test_a_run_stops_after_a_stage_and_goes_on_from_there(without_ray, folders, tmp_path):
+    entries = [
+        {**STAGE, "name": name, "match": name, "steps": 2, "perplexity_every": 0, "teacher": str(folders / "teacher")}
+        for name in ("layers", "logits")
+    ]
+    chosen = Recipe.model_validate({"model": {"path": str(folders / "student")}, "data": DATA, "stages": entries})
+    with pytest.raises(InputError, match="--until: no stage 'rlvr' in run; stages: layers, logits"):
+        pipeline.train(chosen, tmp_path / "run", until="rlvr")
+    summary = pipeline.train(chosen, tmp_path / "run", until="layers")
+    assert summary["status"] == "stopped" and [stage["name"] for stage in summary["stages"]] == ["layers"]
+    assert summary["model"] == summary["stages"][0]["model"] and not (tmp_path / "run" / "model").exists()
+    assert "stopped" in render_text_summary(tmp_path / "run")
+    whole = pipeline.train(chosen, tmp_path / "run", resume=True)
+    assert whole["status"] == "complete" and whole["stages"][0] == summary["stages"][0]
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+    assert pipeline.train(chosen, tmp_path / "run", resume=True, until="layers")["status"] == "complete"
+
+
 def test_a_recipe_of_both_ways_is_recorded(without_ray, folders, tmp_path):
     entries = [
         {**STAGE, "name": name, "match": name, "steps": 2, "perplexity_every": 0, "teacher": str(folders / "teacher")}

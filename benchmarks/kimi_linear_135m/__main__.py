@@ -1,4 +1,4 @@
-"""`python benchmarks/kimi_linear_135m --help`: the figures of docs/kimi-linear-135m.md, from their beginning."""
+"""`python benchmarks/kimi_linear_135m --help`: the figures of the model card, from their beginning."""
 
 import sys
 from pathlib import Path

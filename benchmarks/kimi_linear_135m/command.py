@@ -1,4 +1,4 @@
-"""The figures of docs/kimi-linear-135m.md from their beginning: conversion, distillation, SFT, RLVR and all scores.
+"""The figures of Kimi Linear 135M from their beginning: conversion, distillation, SFT, RLVR and all scores.
 
     python benchmarks/kimi_linear_135m --source FOLDER_OR_GGUF --gsm8k FOLDER --math FOLDER --svamp FOLDER \\
         --math500 FOLDER --out DIR --minutes 25 --cards 0,1,2,3
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -22,10 +23,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_linear_135m.graph import PARTS, RESULTS_S, STAGES, Planner, Settings, check_settings
+from kimi_linear_135m.graph import NAME, PARTS, RESULTS_S, STAGES, Planner, Settings, check_settings
 from kimi_linear_135m.results import score_lines, scores, write_results
 from kimi_linear_135m.scheduler import Card, Scheduler, launch, read_state
 from kimi_rl.errors import InputError, one_line
+from kimi_rl.kernels.compile_cache import cache_environment
 from kimi_rl.run_dir import RunDir, only_one
 
 SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -123,7 +125,7 @@ def local(path: str) -> str:
     place = Path(path).expanduser()
     if place.exists():
         return str(place.resolve())
-    if path.startswith(("/", ".", "~")) or path.count("/") != 1:
+    if path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise InputError(f"{path}: no such file or folder")
     return path
 
@@ -175,14 +177,17 @@ def _smi(fields: str) -> list[list[str]]:
 def run(settings: Settings, arguments: list[str], plan_only: bool = False) -> int:
     """Plan, run, write what came out. Returns the exit code: 0 where all is done."""
     planner, started = Planner(settings), time.time()
-    words = shlex.join(["python", "benchmarks/kimi_linear_135m", *arguments])
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = 65536 if most == resource.RLIM_INFINITY else min(most, 65536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))  # a Ray for each training process
+    words = shlex.join(["python", NAME, *arguments])
     settings.kept["command"] = words
     scheduler = Scheduler(
         planner.steps(), settings.cards, settings.slots, settings.out, 60 * settings.minutes - RESULTS_S,
         environment=environment(settings), notes=settings.kept, launch=launch,
         say=lambda text: print(text, flush=True),
     )  # fmt: skip
-    planner.scheduler = scheduler
+    planner.scheduler, done = scheduler, scheduler.names("done")
     tell_plan(planner)
     if plan_only:
         return 0
@@ -194,9 +199,10 @@ def run(settings: Settings, arguments: list[str], plan_only: bool = False) -> in
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
-    call = {"command": words, "seconds": time.time() - started, "cards": [card.name for card in settings.cards]}
-    settings.kept.setdefault("calls", []).append(call)
-    scheduler.save()
+    if len(done) < len(scheduler.steps):
+        call = {"command": words, "seconds": time.time() - started, "cards": [card.name for card in settings.cards]}
+        settings.kept.setdefault("calls", []).append(call)
+        scheduler.save()
     failed = write_and_tell(settings)
     for name in scheduler.names("failed", "stopped", "blocked"):
         print(f"  {name}: {scheduler.records[name].status}: {scheduler.records[name].error}")
@@ -204,10 +210,10 @@ def run(settings: Settings, arguments: list[str], plan_only: bool = False) -> in
 
 
 def environment(settings: Settings) -> dict[str, str]:
-    """Of every step: cards are ours to give, not a Ray cluster's; kernels are compiled once for all."""
+    """Of every step: cards are ours to give, not a Ray cluster's; kernels are compiled once for all, engines too."""
     found = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    found.setdefault("KIMI_RL_KERNEL_CACHE", str(settings.out / "kernel_cache"))
-    return found | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+    cache = found.setdefault("KIMI_RL_KERNEL_CACHE", str(settings.out / "kernel_cache"))
+    return found | cache_environment(cache) | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 def tell_plan(planner: Planner) -> None:

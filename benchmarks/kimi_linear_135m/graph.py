@@ -20,6 +20,7 @@ from kimi_rl.recipe_load import dump_recipe, load_recipe, parse_yaml
 from kimi_rl.run_dir import atomic_write_text
 
 HERE = Path(__file__).resolve().parent
+NAME = "benchmarks/kimi_linear_135m"
 RECIPES = HERE.parents[1] / "recipes"
 STAGES = ("layers", "logits", "sft", "rlvr")  # what --until takes, in their order
 PARTS = ("distill", "source", "run")  # recipes that overrides name

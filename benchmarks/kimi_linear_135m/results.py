@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from kimi_linear_135m.graph import SETS, Settings, comparison_file, run_folder, run_overrides
+from kimi_linear_135m.graph import HERE, NAME, SETS, Settings, comparison_file, run_folder, run_overrides
 from kimi_linear_135m.scheduler import read_state
 from kimi_rl.run_dir import RunDir, atomic_write_text, describe_environment, jsonable
 
@@ -21,8 +23,8 @@ def write_results(settings: Settings) -> Path:
     out, state = settings.out, read_state(settings.out)
     arms, names = settings.arms, {card["id"]: card["name"] for card in state["cards"]}
     steps = {
-        name: {key: row[key] for key in ("status", "seconds", "error", "command")}
-        | {"card": names.get(row["card"]), "card_id": row["card"] or None}
+        name: {key: row[key] for key in ("status", "seconds", "error")}
+        | {"command": _shown(row["command"]), "card": names.get(row["card"]), "card_id": row["card"] or None}
         for name, row in state["steps"].items()
     }
     found: dict[str, Any] = {
@@ -47,6 +49,14 @@ def write_results(settings: Settings) -> Path:
     target = out / "results.json"
     atomic_write_text(target, json.dumps(jsonable(found), indent=1) + "\n")
     return target
+
+
+def _shown(command: list[str]) -> str:
+    """As one would type it."""
+    words = shlex.join(command)
+    for long, short in ((f"{sys.executable} -m kimi_rl.cli", "kimi-rl"), (sys.executable, "python"), (str(HERE), NAME)):
+        words = words.replace(long, short)
+    return words
 
 
 def _read(path: Path) -> Any:
