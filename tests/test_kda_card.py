@@ -1,11 +1,7 @@
 """The KDA layer for vLLM on a card: its decoding beside our CPU layer's, and when it leaves a step to vLLM."""
 
 import importlib
-import os
-import subprocess
 import sys
-import textwrap
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -14,6 +10,7 @@ import torch
 pytest.importorskip("vllm")
 
 from card_layers import CHANNELS, DIM, HEADS, Context, compare_steps, decoding, draw, make_layers, run_card
+from triton_interpreter import interpreted
 from vllm.model_executor.layers.mamba.gdn.kimi_gdn_linear_attn import KimiGatedDeltaNetAttention
 
 from kimi_rl.kernels.kda_decode.reference import kda_decode_reference
@@ -22,7 +19,6 @@ from kimi_rl.kernels.short_conv.reference import short_conv_reference
 from kimi_rl.rollout import vllm_plugin
 from kimi_rl.rollout.vllm_plugin import KDA_STEP, kda_card
 
-ROOT = Path(__file__).parents[1]
 TOLERANCE = {torch.float32: {"rtol": 1e-4, "atol": 1e-5}, torch.bfloat16: {"rtol": 3e-2, "atol": 3e-2}}
 
 
@@ -58,15 +54,7 @@ def test_with_the_kernel_in_the_interpreter():
         assert len(calls) == 24
         print("checked")
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.stdout.strip().endswith("checked"), run.stderr[-2000:]
+    assert interpreted(code).strip().endswith("checked")
 
 
 class Own:

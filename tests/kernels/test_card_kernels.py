@@ -1,14 +1,9 @@
 """The learner's Triton kernels, interpreted on the CPU, against their plain forms: values and gradients."""
 
-import os
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
+from triton_interpreter import interpreted
 
 PREAMBLE = """
 import torch
@@ -227,15 +222,7 @@ CASES = {
 def test_triton_forms_in_the_interpreter(seed):
     """All in one process: most of the time is imports."""
     pytest.importorskip("triton")
-    cases = {name: textwrap.dedent(case).replace("SEED", str(seed)) for name, case in CASES.items()}
-    code = PREAMBLE.replace("SEED", str(seed))
+    cases = {name: textwrap.dedent(case) for name, case in CASES.items()}
+    code = PREAMBLE
     code += f"\nfor name, case in {cases!r}.items():\n    exec(case, dict(globals()))\n    print(name)"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.stdout.split() == list(CASES), f"after {run.stdout.split()}: {run.stderr[-2500:]}"
+    assert interpreted(code, seed).split() == list(CASES)

@@ -1,21 +1,15 @@
 """The fused decoding step: its plain form against the parts the model runs, its Triton form against the plain one."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
 import torch
 from kda_layers import copied, make_layer
+from triton_interpreter import interpreted
 
 from kimi_rl.kernels.kda_decode import kda_decode
 from kimi_rl.kernels.kda_gate import kda_gate
 from kimi_rl.kernels.kda_step import kda_step
 from kimi_rl.kernels.short_conv import short_conv
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("length", [3, 4, 6])
@@ -96,12 +90,4 @@ def test_triton_form_in_the_interpreter(seed):
         compare(as_vllm, inputs, options | {"first_slot": 1}, rtol=1e-5, atol=1e-5)
         print("checked")
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code).replace("SEED", str(seed))],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.stdout.strip().endswith("checked"), run.stderr[-2000:]
+    assert interpreted(code, seed).strip().endswith("checked")

@@ -1,19 +1,12 @@
 """Drawing tokens by seed and position: the distribution, what a draw depends on, and the Triton form."""
 
-import os
-import subprocess
-import sys
-import textwrap
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from triton_interpreter import interpreted
 
 from kimi_rl.kernels.keyed_draw import keyed_draw
 from kimi_rl.kernels.keyed_draw.reference import exponential, philox
-
-ROOT = Path(__file__).parents[2]
 
 
 def keys(count, seed):
@@ -66,14 +59,13 @@ def test_triton_form_in_the_interpreter(seed):
     """The kernels, interpreted on the CPU: part blocks, whole blocks of -inf, strided rows, temperatures, bfloat16."""
     pytest.importorskip("triton")
     code = """
-        import sys
 
         import torch
 
         from kimi_rl.kernels.keyed_draw.reference import keyed_draw_reference
         from kimi_rl.kernels.keyed_draw.triton_draw import keyed_draw_triton
 
-        torch.manual_seed(int(sys.argv[1]))
+        torch.manual_seed(SEED)
         for vocabulary, dtype in ((37, torch.float32), (2600, torch.float32), (1024, torch.bfloat16)):
             rows = 5
             logits = (torch.randn(rows, vocabulary + 3) * 3).to(dtype)[:, :vocabulary]
@@ -86,9 +78,4 @@ def test_triton_form_in_the_interpreter(seed):
                 assert tokens.dtype == torch.int32 and torch.equal(tokens, expected), (tokens, expected)
                 torch.testing.assert_close(logprobs, expected_logprobs, rtol=1e-5, atol=1e-5)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(seed)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    interpreted(code, seed)
