@@ -120,17 +120,6 @@ class MLP(hf.KimiLinearMLP):
         return self.down_proj(self.act_fn(gate) * up)
 
 
-class ForgetGate(hf.KimiLinearForgetGate):
-    """Same parameters as transformers' gate. Returns g [B, T, H, K], the log decay, in float32."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.finish(self.f_a_proj(hidden_states))
-
-    def finish(self, narrow: torch.Tensor) -> torch.Tensor:
-        """From the output of `f_a_proj`."""
-        return kda_gate(self.f_b_proj(narrow), self.A_log, self.dt_bias)
-
-
 class DeltaAttention(hf.KimiLinearDeltaAttention):
     """Same parameters as transformers' KDA layer."""
 
@@ -148,23 +137,22 @@ class DeltaAttention(hf.KimiLinearDeltaAttention):
         """
         hidden_states = hf.apply_mask_to_padding_states(hidden_states, attention_mask)
         batch, length = hidden_states.shape[:2]
-        heads = (batch, length, self.num_heads, self.head_dim)
         if segments is None and length == 1 and self._decodes_fused(cache_params):
             cached = cache_params.layers[self.layer_idx]
             step = self.step(hidden_states[:, 0], cached.conv_states[0], cached.recurrent_states[0])
             return self.o_proj(step).unsqueeze(1)
 
-        gates = [self.forget_gate.f_a_proj, self.g_a_proj, self.b_proj]
+        gate = self.forget_gate
         qkv = projected_together(hidden_states, [self.q_proj, self.k_proj, self.v_proj])
-        forget, out, beta = projected_apart(hidden_states, gates)
-        g = self.forget_gate.finish(forget)
+        forget, out, beta = projected_apart(hidden_states, [gate.f_a_proj, self.g_a_proj, self.b_proj])
+        g = kda_gate(gate.f_b_proj(forget), gate.A_log, gate.dt_bias)  # [B, T, H, K], the log decay, in float32
         beta = beta.to(compute_dtype(beta)).sigmoid()
         if segments is not None:
             o = self._over_segments(qkv, g, beta, segments)
         else:
             o = self._over_rows(qkv, g, beta, cache_params)
-        gate = self.g_b_proj(out).view(heads)
-        return self.o_proj(self.o_norm(o, gate).reshape(batch, length, -1))
+        out = self.g_b_proj(out).view(batch, length, self.num_heads, self.head_dim)
+        return self.o_proj(self.o_norm(o, out).reshape(batch, length, -1))
 
     def _convolve(self, qkv: torch.Tensor, **options):
         """q, k, v [B, T, H, .] after the short convolution, and its state."""
@@ -314,7 +302,6 @@ _REPLACEMENTS = {
     torch.nn.Embedding: Embedding,
     hf.KimiLinearRMSNorm: RMSNorm,
     hf.KimiLinearRMSNormGated: RMSNormGated,
-    hf.KimiLinearForgetGate: ForgetGate,
     hf.KimiLinearDeltaAttention: DeltaAttention,
     hf.KimiLinearAttention: LatentAttention,
     hf.KimiLinearMLP: MLP,
