@@ -183,7 +183,7 @@ def pack(samples: Sequence[Sample], *, share_prompts: bool, device: torch.device
     firsts = [start + len(sample.prompt) for start, sample in zip(bounds, samples, strict=False)]
     positions = _ranges([0] * len(samples), [sample.length for sample in samples])
     places = _ranges(firsts, _completion_lengths(samples)) - 1
-    return _pack(samples, pieces, positions, places, Segments(bounds, device=device), device)
+    return _pack(samples, pieces, positions, places, Segments(bounds, device=device))
 
 
 def _pack_shared(groups: list[list[Sample]], device: torch.device | str) -> Pack:
@@ -199,7 +199,7 @@ def _pack_shared(groups: list[list[Sample]], device: torch.device | str) -> Pack
     # A completion's first token is predicted by its prompt's last.
     ends = torch.tensor(bounds[1:])[parents[len(groups) :]]
     places[torch.tensor([0, *itertools.accumulate(lengths[:-1])])] = ends - 1
-    return _pack(samples, pieces, positions, places, Segments(bounds, parents, device=device), device)
+    return _pack(samples, pieces, positions, places, Segments(bounds, parents, device=device))
 
 
 def pack_whole(
@@ -213,15 +213,14 @@ def pack_whole(
     bounds = [0, *itertools.accumulate(lengths)]
     ids, positions = tokens[_ranges(list(starts), list(lengths))], _ranges([0] * len(lengths), list(lengths))
     places = positions[1:].nonzero().flatten()  # before every token that is not a text's first
-    counts = torch.tensor(lengths) - 1
-    return Pack(
-        input_ids=to_device(ids.unsqueeze(0), device),
-        segments=Segments(bounds, device=device),
-        positions=to_device(positions.unsqueeze(0), device),
-        scored_places=to_device(places, device),
-        scored_tokens=to_device(ids[places + 1], device),
-        rows=to_device(torch.tensor(rows).repeat_interleave(counts), device),
-        columns=to_device(positions[places], device),
+    return _on_device(
+        Segments(bounds, device=device),
+        input_ids=ids.unsqueeze(0),
+        positions=positions.unsqueeze(0),
+        scored_places=places,
+        scored_tokens=ids[places + 1],
+        rows=torch.tensor(rows).repeat_interleave(torch.tensor(lengths) - 1),
+        columns=positions[places],
     )
 
 
@@ -236,17 +235,21 @@ def _ranges(starts: list[int], lengths: list[int]) -> torch.Tensor:
     return shifts.repeat_interleave(counts) + torch.arange(sum(lengths))
 
 
-def _pack(samples, pieces, positions, places, segments: Segments, device) -> Pack:
-    rows = torch.tensor([s.row for s in samples]).repeat_interleave(torch.tensor(_completion_lengths(samples)))
-    return Pack(
-        input_ids=to_device(torch.cat(pieces).unsqueeze(0), device),
-        segments=segments,
-        positions=to_device(positions.unsqueeze(0), device),
-        scored_places=to_device(places, device),
-        scored_tokens=to_device(torch.cat([sample.completion for sample in samples]), device),
-        rows=to_device(rows, device),
-        columns=to_device(torch.cat([sample.columns for sample in samples]), device),
+def _pack(samples, pieces, positions, places, segments: Segments) -> Pack:
+    return _on_device(
+        segments,
+        input_ids=torch.cat(pieces).unsqueeze(0),
+        positions=positions.unsqueeze(0),
+        scored_places=places,
+        scored_tokens=torch.cat([sample.completion for sample in samples]),
+        rows=torch.tensor([s.row for s in samples]).repeat_interleave(torch.tensor(_completion_lengths(samples))),
+        columns=torch.cat([sample.columns for sample in samples]),
     )
+
+
+def _on_device(segments: Segments, **tensors: torch.Tensor) -> Pack:
+    """The pack of these, which lie on the CPU, where the segments are."""
+    return Pack(segments=segments, **{name: to_device(tensor, segments.device) for name, tensor in tensors.items()})
 
 
 def scatter(values: Sequence[torch.Tensor], packs: Sequence[Pack], shape: tuple[int, int]) -> torch.Tensor:
