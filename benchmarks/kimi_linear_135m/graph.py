@@ -22,6 +22,7 @@ from kimi_rl.run_dir import atomic_write_text
 HERE = Path(__file__).resolve().parent
 NAME = "benchmarks/kimi_linear_135m"
 RECIPES = HERE.parents[1] / "recipes"
+RUN_RECIPE = RECIPES / "gsm8k_sft_kimi_smollm2_hybrid.yaml"  # of both arms, but for the model
 STAGES = ("layers", "logits", "sft", "rlvr")  # what --until takes, in their order
 PARTS = ("distill", "source", "run")  # recipes that overrides name
 SETS = ("gsm8k", "svamp", "math500")
@@ -133,9 +134,8 @@ def comparison_file(settings: Settings) -> dict[str, Any]:
 
 def run_recipe(settings: Settings, arm: str, seed: int) -> Recipe:
     """The recipe that `kimi-rl compare` gives the run of this arm and seed."""
-    base = RECIPES / "gsm8k_sft_kimi_smollm2_hybrid.yaml"
     own = [f"model.path=runs/logits_{arm}/model", f"seed={seed}", f"name={arm}_seed_{seed}"]
-    return load_recipe(base, [*run_overrides(settings), *own])
+    return load_recipe(RUN_RECIPE, [*run_overrides(settings), *own])
 
 
 def run_folder(arm: str, seed: int | str) -> str:

@@ -14,6 +14,9 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from kimi_linear_135m.graph import RUN_RECIPE
+from kimi_rl.recipe_load import dump_recipe, load_recipe
+
 MOST_OF_A_CARD = 0.8  # that a distill stage may take at its peak
 PROBE_STEPS = {"layers": 6, "logits": 12}
 PROBE_TEXTS = 1500
@@ -33,7 +36,7 @@ def source(arguments: list[str]) -> None:
 
 
 def open_engine(model: str, engine: str, longest: int, threads: int):
-    """An engine as the runs have it: 512 sequences, a part of the card, few graphs, for a quick start."""
+    """An engine as the runs have it, with more room; on a CPU for few sequences at once."""
     import torch
     from transformers.utils import logging
 
@@ -42,14 +45,10 @@ def open_engine(model: str, engine: str, longest: int, threads: int):
     logging.disable_progress_bar()
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
-    sizes = [1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512]
-    settings = {
-        "gpu_memory_utilization": 0.1,
-        "kv_cache_memory_bytes": 8_000_000_000,
-        "compilation_config": {"cudagraph_capture_sizes": sizes},
-    }
+    rollout = load_recipe(RUN_RECIPE).stages[-1].rollout
+    settings = rollout.engine_args | {"kv_cache_memory_bytes": 8_000_000_000}
     return build_engine(
-        engine, model, batch_size=512 if cuda else 16, max_model_len=longest, seed=0,
+        engine, model, batch_size=rollout.batch_size if cuda else 16, max_model_len=longest, seed=0,
         device="cuda" if cuda else "cpu", engine_args=settings if cuda else {}, policy_version=0,
     )  # fmt: skip
 
@@ -108,7 +107,6 @@ def probe_stage(kind: str, arm: str, folder: Path, threads: int) -> dict[str, An
     import torch
 
     from kimi_rl.dataset import load_problems
-    from kimi_rl.recipe_load import load_recipe
 
     file = Path("recipes") / f"probe_{kind}_{arm}.yaml"
     steps = PROBE_STEPS[kind]
@@ -143,7 +141,6 @@ def train_a_few(recipe: Any, folder: Path, threads: int) -> dict[str, Any]:
 
     from kimi_rl.learner.distill import run_distill
     from kimi_rl.learner.stage import StageContext, StageJob
-    from kimi_rl.recipe_load import dump_recipe
     from kimi_rl.run_dir import RunDir
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
