@@ -15,6 +15,17 @@ from kimi_rl.rollout.transformers_engine import TransformersEngine
 from kimi_rl.weight_sync import checksum_all
 
 
+def strike(marks, name, times=1) -> bool:
+    """Whether a fault strikes now: True `times` times for each name, whichever worker asks. One step for the OS."""
+    for i in range(times):
+        try:
+            os.close(os.open(Path(marks) / f"{name}{i}", os.O_CREAT | os.O_EXCL))
+            return True
+        except FileExistsError:
+            continue
+    return False
+
+
 class Stub:
     """Serves tensors "a" and "b" without a model. The tokens of a completion are those of its prompt, seed first."""
 
@@ -29,14 +40,7 @@ class Stub:
         """Runs at the end of the constructor."""
 
     def strikes(self, name="strike") -> bool:
-        """Whether the fault strikes now; atomic over all workers."""
-        for i in range(self.arguments.get("times", 1)):
-            try:
-                os.close(os.open(Path(self.arguments["marks"]) / f"{name}{i}", os.O_CREAT | os.O_EXCL))
-                return True
-            except FileExistsError:
-                continue
-        return False
+        return strike(self.arguments["marks"], name, self.arguments.get("times", 1))
 
     def begin_update(self):
         self.refusing = True
@@ -186,9 +190,7 @@ class RealHalfUpdate(TransformersEngine):
         self.marks = engine_args["marks"]
 
     def load_weights(self, weights):
-        mark = Path(self.marks) / "half"
-        if self.policy_version == 0 and not mark.exists():
-            mark.touch()
+        if self.policy_version == 0 and strike(self.marks, "half"):
             weights = self.broken_off(weights)
         super().load_weights(weights)
 
@@ -205,13 +207,12 @@ class RealDies(TransformersEngine):
 
     def __init__(self, model_folder, *, batch_size, device, engine_args):
         super().__init__(model_folder, batch_size=batch_size, device=device)
-        mark, calls = Path(engine_args["marks"]) / "died", []
+        marks, calls = engine_args["marks"], []
         forward = self.model.forward
 
         def count(*args, **kwargs):
             calls.append(1)
-            if len(calls) == 5 and not mark.exists():
-                mark.touch()
+            if len(calls) == 5 and strike(marks, "died"):
                 os.kill(os.getpid(), 9)
             return forward(*args, **kwargs)
 
