@@ -15,7 +15,7 @@ from kimi_rl.card_share import card_share, part, whole_cards
 from kimi_rl.errors import InputError, RunError
 from kimi_rl.kernels.compile_cache import cache_environment, tuned_environment
 from kimi_rl.progress import ProgressView, follow
-from kimi_rl.recipe import DistillStage, ModelSection, Recipe
+from kimi_rl.recipe import DistillStage, ModelSection, Recipe, RLVRStage, SFTStage
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
 from kimi_rl.run_dir import RunDir, describe_environment, gpu_names, only_one
@@ -149,15 +149,26 @@ def check_model_folder(path: str) -> None:
         raise InputError(f"model.path: {path}: {found}; give a folder in Hugging Face layout or a hub id")
 
 
-def check_cards(recipe: Recipe, found: int) -> None:
-    """There must be a card for the learner beside those of the workers: Ray would wait for more for ever."""
+def check_cards(recipe: Recipe, found: int, device: str) -> None:
+    """There must be a card for each learner, and for the workers where they have some: Ray would wait for ever."""
     for stage in recipe.stages:
+        learners = learners_of(stage)
+        if device != "cpu" and 1 < learners > found:
+            raise InputError(
+                f"stages.{stage.name}.learners: {learners}, a card each, but this run may use {found} whole NVIDIA "
+                "cards; set it to 1"
+            )
         cards = stage.rollout.cards
         if cards and found < 1 + cards:
             raise InputError(
                 f"stages.{stage.name}.rollout.cards: {cards} for the workers and one for the learner, but this run may "
                 f"use {found} whole NVIDIA cards; set it to 0 to let them share one"
             )
+
+
+def learners_of(stage: SFTStage | DistillStage | RLVRStage) -> int:
+    """Processes that train it."""
+    return stage.learners if stage.kind == "distill" else 1
 
 
 @contextlib.contextmanager
@@ -196,8 +207,8 @@ def _run_stages(
     try:
         with local_ray(recipe.kernel_cache):
             run_dir.save_state({"status": "running", "stages": done})
-            check_cards(recipe, whole_cards())
             device = "cuda" if ray.cluster_resources().get("GPU", 0) > 0 else "cpu"
+            check_cards(recipe, whole_cards(), device)
             start_model = done[-1]["model"] if done else _start_model(recipe, run_dir, view)
             for index in range(len(done), wanted):
                 result = _run_stage(recipe, index, run_dir, start_model, device, resume)
@@ -284,8 +295,10 @@ def _run_stage(
     from ray.exceptions import RayActorError, RayTaskError
 
     from kimi_rl.learner.actor import Learner
+    from kimi_rl.learner.data_parallel import Place
     from kimi_rl.learner.stage import StageJob
 
+    stage = recipe.stages[index]
     job = StageJob(
         recipe=recipe,
         index=index,
@@ -294,9 +307,9 @@ def _run_stage(
         device=device,
         threads=recipe.threads or os.cpu_count() or 1,
         resume=resume,
+        place=Place(size=learners_of(stage)),
     )
-    stage = recipe.stages[index]
-    share = 1.0 if stage.rollout.cards else part(0.5 * card_share())
+    share = 1.0 if stage.rollout.cards or job.place.size > 1 else part(0.5 * card_share())
     learner = Learner.options(num_cpus=0, num_gpus=0.0 if device == "cpu" else share).remote()
     name = stage.name
     try:

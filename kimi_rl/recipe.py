@@ -179,6 +179,9 @@ class DistillStage(Section):
     max_length: Positive = Field(1024, description="Longer texts are cut after so many tokens, with a count.")
     batch_tokens: Positive = Field(32768, description="Tokens per optimizer step, in rows of `pack_tokens`.")
     pack_tokens: Positive = Field(16384, description="Tokens of one forward; bounds memory. Whole texts fill a row.")
+    learners: Positive = Field(
+        1, description="Processes that divide a step's rows, each on an NVIDIA card of its own. No `eval` with several."
+    )
     optimizer: Literal["muon", "adamw"] = Field("muon", description="`muon`: AdamW where Muon has no meaning.")
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: NonNegative = 0
@@ -211,6 +214,13 @@ class DistillStage(Section):
                 f"batch_tokens ({self.batch_tokens}) must be a multiple of pack_tokens ({self.pack_tokens}): "
                 f"{self.batch_tokens} % {self.pack_tokens} = {self.batch_tokens % self.pack_tokens}"
             )
+        if self.rows_per_step % self.learners:
+            raise ValueError(
+                f"a step has {self.rows_per_step} rows (batch_tokens / pack_tokens), which {self.learners} learners "
+                f"cannot divide evenly; set batch_tokens to a multiple of {self.learners * self.pack_tokens}"
+            )
+        if self.learners > 1 and self.eval is not None:
+            raise ValueError("learners: several cannot evaluate by rollouts; take out eval, or set learners: 1")
         if self.max_length > self.pack_tokens:
             raise ValueError(f"max_length ({self.max_length}) must not exceed pack_tokens ({self.pack_tokens})")
         if self.warmup_steps > self.steps:

@@ -290,9 +290,9 @@ def test_cards_of_their_own():
         RolloutSection(cards=2)
     stage = RLVRStage(kind="rlvr", name="first", steps=1, rollout=RolloutSection(workers=2, cards=2))
     recipe = SimpleNamespace(stages=[stage])
-    check_cards(recipe, 3)
+    check_cards(recipe, 3, "cuda")
     with pytest.raises(InputError, match=r"stages.first.rollout.cards: 2 for .* use 2 whole NVIDIA cards"):
-        check_cards(recipe, 2)
+        check_cards(recipe, 2, "cuda")
 
 
 def test_a_prefix_cache_that_is_not_reset(tiny_models):

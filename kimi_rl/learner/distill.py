@@ -8,12 +8,14 @@ compares their distributions at every token.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from kimi_rl.dataset import load_problems
 from kimi_rl.errors import InputError
+from kimi_rl.learner.data_parallel import Launch, TrainingGroup, training_group
 from kimi_rl.learner.distill_exam import Exam
 from kimi_rl.learner.distill_trainers import DistillTrainer, make_trainer
 from kimi_rl.learner.stage import RecordCallback, StageContext, is_due
@@ -23,27 +25,36 @@ from kimi_rl.model.source import load_source_tokenizer
 from kimi_rl.recipe import DistillStage
 
 
-def run_distill(context: StageContext) -> dict[str, Any]:
+def run_distill(context: StageContext, launch: Launch | None = None) -> dict[str, Any]:
     """Train, writing metrics and checkpoints. On return the context's model holds the final weights.
+
+    `launch` starts those that train beside this process, where the stage has several learners.
 
     Returns the held-out figures after the last step: `student_perplexity`, `teacher_perplexity`, with `match: layers`
     the errors of the layers, and accuracies where the stage has an `eval`.
     """
-    stage: DistillStage = context.stage
     checkpoint = context.prepare_resume()
+    with training_group(context.job.place, context.job.device, launch, checkpoint) as group:
+        return distill_in(group, context, checkpoint)
+
+
+def distill_in(group: TrainingGroup, context: StageContext, checkpoint: Path | None) -> dict[str, Any]:
+    """`run_distill` as one of a group. Those that follow measure nothing, and return nothing."""
+    stage: DistillStage = context.stage
+    leads = context.job.place.leads
     texts, held_out = load_texts(context)
     teacher = load_teacher(context, texts)
-    trainer = make_trainer(context, teacher, texts)
+    trainer = make_trainer(context, teacher, texts, group)
     exam = Exam(context, teacher, held_out, trainer.accelerator.autocast)
     trainer.add_callback(DistillCallback(context, trainer, exam))
     if context.on_gpu:
         text = "the first texts compile GPU kernels: up to two minutes the first time"
         context.record("note", 0, text=text)
     accuracy = stage.eval is not None
-    if checkpoint is None:
+    if checkpoint is None and leads:
         exam.hold(0, "before", accuracy=accuracy)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    return exam.hold(stage.steps, "after", accuracy=accuracy)
+    return exam.hold(stage.steps, "after", accuracy=accuracy) if leads else {}
 
 
 def load_texts(context: StageContext) -> tuple[Texts, Texts]:
@@ -100,7 +111,8 @@ class DistillCallback(RecordCallback):
             control.should_log = True
         section = self._context.stage.eval
         accuracy = section is not None and is_due(section.every, state)
-        if accuracy or is_due(self._context.stage.perplexity_every, state):
+        due = accuracy or is_due(self._context.stage.perplexity_every, state)
+        if due and self._context.job.place.leads:
             start = time.perf_counter()
             self._exam.hold(state.global_step, "during", accuracy=accuracy)
             self._trainer.paused_s += time.perf_counter() - start

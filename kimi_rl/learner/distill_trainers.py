@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from kimi_rl.kernels.distill_loss import distill_loss
 from kimi_rl.kernels.relative_error import relative_error
 from kimi_rl.kernels.segments import Segments
+from kimi_rl.learner.data_parallel import TrainingGroup
 from kimi_rl.learner.optimizers import muon_with_adamw
 from kimi_rl.learner.packing import Pack, packed_states
 from kimi_rl.learner.stage import CheckpointNames, StageContext
@@ -35,7 +36,8 @@ class Rows(Dataset):
         return {"pack": self._texts.pack(self._rows[number], self._device)}
 
 
-def make_trainer(context: StageContext, teacher: Teacher, texts: Texts) -> DistillTrainer:
+def make_trainer(context: StageContext, teacher: Teacher, texts: Texts, group: TrainingGroup) -> DistillTrainer:
+    """`group`: the processes among which a step's rows are divided."""
     stage: DistillStage = context.stage
     rows = shuffled_rows(
         texts.lengths, stage.pack_tokens, stage.steps * stage.rows_per_step, context.recipe.seed
@@ -51,15 +53,16 @@ def make_trainer(context: StageContext, teacher: Teacher, texts: Texts) -> Disti
         "dataloader_pin_memory": False,
         "remove_unused_columns": False,
         "per_device_train_batch_size": 1,  # a row
-        "gradient_accumulation_steps": stage.rows_per_step,
+        "gradient_accumulation_steps": stage.rows_per_step // group.size,
     }
     kind = {"layers": LayerTrainer, "logits": LogitTrainer}[stage.match]
     return kind(
         stage=stage,
         teacher=teacher,
+        group=group,
         model=context.model,
         args=TrainingArguments(**arguments),
-        train_dataset=Rows(texts, rows, context.job.device),
+        train_dataset=Rows(texts, rows[group.rank :: group.size], context.job.device),
         data_collator=lambda batch: batch[0],
         processing_class=context.tokenizer,
     )
@@ -68,9 +71,9 @@ def make_trainer(context: StageContext, teacher: Teacher, texts: Texts) -> Disti
 class DistillTrainer(CheckpointNames, Trainer):
     """What both ways of distilling share: rows in their order, the optimizer, and the figures of a row of metrics."""
 
-    def __init__(self, *, stage: DistillStage, teacher: Teacher, **arguments: Any):
+    def __init__(self, *, stage: DistillStage, teacher: Teacher, group: TrainingGroup, **arguments: Any):
         super().__init__(**arguments)
-        self.stage, self.teacher = stage, teacher
+        self.stage, self.teacher, self.group = stage, teacher, group
         self.model_accepts_loss_kwargs = False  # the losses are means over a row, to be averaged over a step's rows
         self._figures: list[torch.Tensor] = []  # of the rows since the last log, left on the device until then
         self._tokens = 0
@@ -91,6 +94,16 @@ class DistillTrainer(CheckpointNames, Trainer):
         self.optimizer = muon_with_adamw(self.model, lr=self.stage.learning_rate, weight_decay=self.stage.weight_decay)
         return self.optimizer
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = self.learn_row(model, inputs)
+        if self.group.size > 1 and self.accelerator.sync_gradients:  # the last row of a step
+            self.group.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        return loss
+
+    def learn_row(self, model: torch.nn.Module, inputs: dict[str, Pack]) -> torch.Tensor:
+        """Forward and backward of a row; returns its part of the step's loss."""
+        return super().training_step(model, inputs)
+
     def note_row(self, pack: Pack, figures: torch.Tensor) -> None:
         self._figures.append(figures)
         self._tokens += pack.segments.length
@@ -101,14 +114,17 @@ class DistillTrainer(CheckpointNames, Trainer):
 
     def make_row(self, logs: dict[str, Any]) -> dict[str, Any]:
         """What the trainer logs, as a row of metrics: means over the steps since the last row."""
-        figures = self.name_figures(torch.stack(self._figures).mean(0).cpu())
+        means = torch.stack(self._figures).mean(0).double()
+        counts = means.new_tensor([logs["loss"], self._tokens])
+        self.group.average([means, counts])
+        figures, (loss, tokens) = self.name_figures(means.cpu()), counts.tolist()
         now, steps = time.perf_counter(), max(self.state.global_step - self._last_step, 1)
         seconds = now - self._last_time - self.paused_s
         row = {
-            "loss": logs["loss"],
+            "loss": loss,
             "grad_norm": logs.get("grad_norm"),
             "learning_rate": logs.get("learning_rate"),
-            "tokens_per_s": self._tokens / seconds if seconds > 0 else None,
+            "tokens_per_s": tokens * self.group.size / seconds if seconds > 0 else None,
             "step_s": seconds / steps,
             **figures,
         }
@@ -120,7 +136,7 @@ class DistillTrainer(CheckpointNames, Trainer):
 class LayerTrainer(DistillTrainer):
     """`match: layers`. The loss is the mean of the layers' relative errors."""
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+    def learn_row(self, model: torch.nn.Module, inputs: dict[str, Pack]) -> torch.Tensor:
         """One backward a layer, as the teacher comes by it: no more than one layer's activations exist at a time."""
         model.train()
         pack: Pack = inputs["pack"]

@@ -20,6 +20,7 @@ from kimi_rl.chat_marks import mark_chat_template
 from kimi_rl.dataset import load_problems
 from kimi_rl.errors import InputError
 from kimi_rl.evaluate import Evaluation, evaluate
+from kimi_rl.learner.data_parallel import Place
 from kimi_rl.model.load_save import load_model, load_tokenizer, save_model
 from kimi_rl.model.naming import load_into, to_checkpoint
 from kimi_rl.model.source import is_source, load_source, load_source_tokenizer
@@ -39,7 +40,10 @@ ROLLOUT_STATE = "rollout_state.json"  # beside a checkpoint of an RLVR stage
 
 @dataclass(frozen=True)
 class StageJob:
-    """One stage to run: which one, where, and from which model folder. `device` is "cpu" or "cuda"."""
+    """One stage to run: which one, where, and from which model folder. `device` is "cpu" or "cuda".
+
+    `place`: this process's among those that train the stage together.
+    """
 
     recipe: Recipe
     index: int
@@ -48,6 +52,7 @@ class StageJob:
     device: str
     threads: int
     resume: bool
+    place: Place = Place()
 
 
 class StageContext:
@@ -147,7 +152,9 @@ class StageContext:
         return figures
 
     def record(self, type_: str, step: int, **values: Any) -> None:
-        """Append one row to metrics.jsonl. Values that are not finite are left out."""
+        """Append one row to metrics.jsonl, less values that are not finite. Who follows another records nothing."""
+        if not self.job.place.leads:
+            return
         clean = {k: v for k, v in values.items() if not (isinstance(v, float) and not math.isfinite(v))}
         self.run_dir.append_metrics(
             {
@@ -163,7 +170,7 @@ class StageContext:
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What every stage's trl trainer is told in the same way."""
-        stage, on_gpu = self.stage, self.on_gpu
+        stage, on_gpu, leads = self.stage, self.on_gpu, self.job.place.leads
         return dict(
             output_dir=str(self.folder / "checkpoints"),
             max_steps=stage.steps,
@@ -174,10 +181,11 @@ class StageContext:
             max_grad_norm=stage.max_grad_norm,
             gradient_checkpointing=False,
             logging_steps=1,
+            save_strategy="steps" if leads else "no",
             save_steps=stage.checkpoint_every,
             save_total_limit=2,
             seed=self.recipe.seed,
-            report_to=self.recipe.report_to or "none",
+            report_to=(self.recipe.report_to or "none") if leads else "none",
             use_cpu=not on_gpu,
             bf16=on_gpu and self.recipe.precision != "fp32",
             dataloader_pin_memory=on_gpu,
@@ -192,7 +200,12 @@ class StageContext:
         return max(found, key=lambda p: int(p.name.rsplit("-", 1)[1]), default=None)
 
     def prepare_resume(self) -> Path | None:
-        """Where to go on from. Drops what was recorded after that point, so that every step appears once."""
+        """Where to go on from. Drops what was recorded after that point, so that every step appears once.
+
+        Who follows another process is told by it.
+        """
+        if not self.job.place.leads:
+            return Path(self.job.place.checkpoint) if self.job.place.checkpoint else None
         checkpoint = self.last_checkpoint() if self.job.resume else None
         step = int(checkpoint.name.rsplit("-", 1)[1]) if checkpoint else -1
         self.run_dir.truncate_metrics(self.stage.name, step)
