@@ -50,6 +50,18 @@ def test_steps_spread_over_cards_and_share_where_there_are_too_few():
     assert forecast([on_card("huge", 5, gib=500)], cards(1), 8) == {"huge": (0, 5)}  # it is tried all the same
 
 
+def test_a_step_on_several_cards_waits_for_as_many_and_slows_all_of_them():
+    wide = on_card("wide", 100, cards=2)
+    assert forecast([wide, on_card("other", 30)], cards(2), 8)["wide"] == (0, pytest.approx(130))
+    filled = [on_card("before", 50, gib=60), on_card("wide", 100, gib=40, cards=2, after=("before",)),
+              on_card("late", 10, gib=60, after=("before",))]  # fmt: skip
+    times = forecast(filled, cards(2), 8)
+    assert times["wide"] == (50, pytest.approx(150)) and times["late"] == (pytest.approx(150), pytest.approx(160))
+    assert forecast([on_card("wide", 9, cards=3)], cards(2), 8) == {}  # it can never start
+    going = forecast([wide, on_card("late", 10, gib=75)], cards(2), 8, running={"wide": ("0,1", 20)})
+    assert going["wide"][1] == pytest.approx(20) and going["late"] == (pytest.approx(20), pytest.approx(30))
+
+
 def test_a_start_is_no_work_for_the_card():
     steps = [on_card(name, 100, start_s=60) for name in "ab"]
     assert [end for _, end in forecast(steps, cards(1), 8).values()] == [pytest.approx(60 + 80)] * 2
@@ -142,6 +154,13 @@ def test_steps_see_their_card_and_settle_once_their_needs_are_met(tmp_path):
     assert scheduler.records["c"].error == "InputError: no such data"
 
 
+def test_a_step_on_several_cards_sees_all_of_them(tmp_path):
+    text = "import os; open('seen', 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    whole, scheduler = run([Step("wide", python(text), 1, load=1.0, cards=2)], tmp_path)
+    assert whole and (tmp_path / "seen").read_text() == "0,1" == scheduler.records["wide"].card
+    assert not any(card.steps for card in scheduler.cards)
+
+
 # --- the plan ---------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +197,10 @@ def test_the_slower_arm_s_probe_counts_for_both_and_decisions_last(tmp_path):
     for arm, step_s, pack in (("hybrid", 1.0, 32768), ("mla", 1.4, 16384)):
         row = {"step_s": step_s, "pack_tokens": pack, "peak_gib": 30.0}
         (tmp_path / "probes" / f"{arm}.json").write_text(json.dumps({"layers": row, "logits": row}))
-    (tmp_path / "samples.jsonl").write_text('{"text": "a text"}\n')
+    for part in range(2):
+        (tmp_path / f"samples_{part}.jsonl").write_text('{"text": "a text"}\n' * (part + 1))
+        figures = {"rows": part + 1, "tokens": 10, "seconds": 2.0 + part, "tokens_per_s": 5.0}
+        (tmp_path / f"samples_{part}.json").write_text(json.dumps(figures))
     made = planner(tmp_path)
     for arm in ("hybrid", "mla"):
         (step,) = (step for step in made.scheduler.steps if step.name == f"logits_{arm}")
@@ -188,9 +210,31 @@ def test_the_slower_arm_s_probe_counts_for_both_and_decisions_last(tmp_path):
         assert stage.steps == made.decisions["logits"]["steps"] and made.decisions["logits"]["step_s"] == 1.4
         assert step.gib == pytest.approx(35)
         time.sleep(0.05)
+    assert (tmp_path / "samples.jsonl").read_text() == '{"text": "a text"}\n' * 3
+    figures = {"parts": 2, "rows": 3, "tokens": 20, "tokens_per_s": 10.0, "seconds": 3.0}
+    assert json.loads((tmp_path / "samples.json").read_text()) == figures
     (tmp_path / "probes" / "mla.json").unlink()  # a later call keeps to what was decided
     again = graph.Planner(made.settings)
     assert again.decisions == made.decisions and again.decisions is made.settings.kept["decisions"]
+
+
+def test_arms_are_distilled_on_all_cards(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "find_cards", lambda asked: cards(len(asked.split(","))))
+    def settings(*words):
+        return command.make_settings(command.parse(["--out", str(tmp_path), *words]))
+
+    assert [settings("--cards", ids).learners for ids in ("0", "0,1", "0,1,2,3", "0,1,2,3,4")] == [1, 1, 2, 2]
+    assert settings("--cards", "0,1", "--arms", "mla").learners == 2
+    with pytest.raises(InputError, match="--learners 3: more than the 2 cards"):
+        settings("--cards", "0,1", "--learners", "3")
+    one, two = planner(tmp_path / "1"), planner(tmp_path / "2", learners=2)
+    for made, learners in ((one, 1), (two, 2)):
+        (step,) = (step for step in made.scheduler.steps if step.name == "logits_mla")
+        step.settle(step)
+        stage = graph.load_recipe(made.settings.out / step.command[4]).stages[0]
+        assert step.cards == stage.learners == learners
+        assert (stage.batch_tokens, stage.pack_tokens) == (learners * 32768, 32768)
+    assert two.outlook()["logits_hybrid"][0] == two.outlook()["logits_mla"][0]  # both at once
 
 
 def test_steps_given_by_hand_hold(tmp_path):

@@ -34,7 +34,8 @@ SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math", "svamp": "ChilleD/SVAMP",
         "math500": "HuggingFaceH4/MATH-500"}  # fmt: skip
 WORKERS = ("source", "probe", "sample", "score")
-LASTING = ("source", "data", "threads", "engine", "k", "max_tokens", "limit", "overrides")  # as in the first call
+# As in the first call.
+LASTING = ("source", "data", "threads", "learners", "engine", "k", "max_tokens", "limit", "overrides")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,6 +77,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--arms", default="hybrid,mla")
     parser.add_argument("--threads", type=int, help="of each process. Default: a quarter of the cores, at most 12")
+    parser.add_argument(
+        "--learners", type=int, help="cards that an arm is distilled on, with rows of their own. Default: cards / arms"
+    )
     parser.add_argument("--until", choices=STAGES, default="rlvr")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     parser.add_argument("--sample-seconds", type=float, default=90.0, help="of sampling from the source; 0: none")
@@ -100,11 +104,15 @@ def make_settings(args: argparse.Namespace) -> Settings:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     old = read_state(out)
     before = old.get("settings", {})
+    cards, arms = find_cards(args.cards), tuple(_list(args.arms, "--arms", ("hybrid", "mla")))
+    learners = args.learners or before.get("learners") or max(1, len(cards) // len(arms))
+    if learners > len(cards):
+        raise InputError(f"--learners {learners}: more than the {len(cards)} cards; give more cards or fewer learners")
     settings = Settings(
         source=local(args.source), data={name: local(getattr(args, name)) for name in DATA}, out=out,
-        minutes=args.minutes, cards=find_cards(args.cards), cores=cores,
+        minutes=args.minutes, cards=cards, cores=cores, learners=learners,
         threads=args.threads or before.get("threads") or max(1, min(12, cores // 4)),
-        arms=tuple(_list(args.arms, "--arms", ("hybrid", "mla"))),
+        arms=arms,
         seeds=tuple(int(word) for word in _list(args.seeds, "--seeds")), until=args.until, engine=args.engine,
         sample_s=args.sample_seconds, k=args.k, max_tokens=args.max_tokens, limit=args.limit,
         overrides=split_overrides(args.overrides), kept=old,

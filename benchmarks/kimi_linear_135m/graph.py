@@ -49,6 +49,7 @@ class Settings:
     cards: list[Card] = field(default_factory=lambda: [Card("")])
     cores: int = 1
     threads: int = 1
+    learners: int = 1  # of a distill stage, each on a card
     arms: tuple[str, ...] = ("hybrid", "mla")
     seeds: tuple[int, ...] = (0, 1)
     until: str = "rlvr"
@@ -106,6 +107,7 @@ def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, 
         steps = decision["steps"]
         changes = {"steps": steps, "warmup_steps": min(stage.warmup_steps, max(1, steps // 10))}
         changes["pack_tokens"] = decision["pack_tokens"]
+        changes["learners"], changes["batch_tokens"] = settings.learners, settings.learners * stage.batch_tokens
         if decision.get("samples"):
             changes["texts"] = "samples.jsonl"
     tree = recipe.model_dump() | {"stages": [stage.model_dump() | changes]}
@@ -167,21 +169,34 @@ class Planner:
             steps.append(step)
         probes = self._probes(exported)
         steps += probes
-        if s.reaches("logits") and s.sample_s:
-            command = worker("sample", s.model, "samples.jsonl", *self._sets("gsm8k", "math"))
-            command += ["--seconds", str(s.sample_s), "--engine", s.engine]
-            step = Step("sample", command, ENGINE_S + s.sample_s, exported, load=0.5, start_s=ENGINE_S, gib=14,
-                        threads=s.threads, makes="samples.jsonl")  # fmt: skip
+        for part in range(self.sample_parts):
+            file = f"samples_{part}.jsonl"
+            command = worker("sample", s.model, file, *self._sets("gsm8k", "math"), "--engine", s.engine)
+            command += ["--seconds", str(s.sample_s), "--part", f"{part}/{self.sample_parts}"]
+            step = Step(f"sample_{part}", command, ENGINE_S + s.sample_s, exported, load=0.5, start_s=ENGINE_S, gib=14,
+                        threads=s.threads, makes=file)  # fmt: skip
             steps.append(step)
         for kind in ("layers", "logits"):
             if s.reaches(kind):
                 steps += [self._distill(kind, arm, [step.name for step in probes]) for arm in s.arms]
         if s.reaches("logits"):
-            steps.append(self._score("source", s.model, exported))
+            steps.append(self._score("source", s.model, exported, after=self._source_waits_for()))
             steps += [self._score(f"distilled_{a}", f"runs/logits_{a}/model", (f"logits_{a}",)) for a in s.arms]
         if s.reaches("sft"):
             steps += self._tuned(exported)
         return steps
+
+    def _source_waits_for(self) -> tuple[str, ...]:
+        """With a card for every run there is room beside the runs for what the source is measured by; with fewer only
+        before them."""
+        s = self.settings
+        waits = s.reaches("sft") and len(s.cards) >= len(s.arms) * len(s.seeds)
+        return tuple(f"logits_{arm}" for arm in s.arms) if waits else ()
+
+    @property
+    def sample_parts(self) -> int:
+        """Processes that sample from the source: one a card."""
+        return len(self.settings.cards) if self.settings.reaches("logits") and self.settings.sample_s else 0
 
     def _probes(self, exported: tuple[str, ...]) -> list[Step]:
         """Of each arm, or of all in one process where there are fewer cards than arms."""
@@ -203,8 +218,9 @@ class Planner:
             needs, after = (f"convert_{arm}",), tuple(probes)
         else:  # all arms are to have got here, so that they get equally many steps
             needs = (f"layers_{arm}",)
-            after = tuple(f"layers_{other}" for other in s.arms) + (("sample",) if s.sample_s else ())
-        step = Step(name, [], self._distill_seconds(kind), needs, after, load=1.0, start_s=START_S,
+            after = tuple(f"layers_{other}" for other in s.arms)
+            after += tuple(f"sample_{part}" for part in range(self.sample_parts))
+        step = Step(name, [], self._distill_seconds(kind), needs, after, load=1.0, start_s=START_S, cards=s.learners,
                     gib=PEAK_GIB[kind], threads=s.threads, makes=f"runs/{name}/model/config.json")  # fmt: skip
         step.settle = lambda step: self._settle_distill(step, kind, arm)
         return step
@@ -212,8 +228,8 @@ class Planner:
     def _tuned(self, exported: tuple[str, ...]) -> list[Step]:
         """SFT of the source; SFT and RLVR of each arm and seed; their scores."""
         s, stopping = self.settings, not self.settings.reaches("rlvr")
-        steps = [Step("source_sft", [], START_S + 150, exported, load=0.6, start_s=START_S, gib=16,
-                      threads=s.threads, makes="runs/source_sft/model/config.json")]  # fmt: skip
+        steps = [Step("source_sft", [], START_S + 150, exported, self._source_waits_for(), load=0.6, start_s=START_S,
+                      gib=16, threads=s.threads, makes="runs/source_sft/model/config.json")]  # fmt: skip
         steps[0].settle = lambda step: self._settle_train(step, source_recipe(s), "runs/source_sft")
         steps.append(self._score("source_sft", "runs/source_sft/model", ("source_sft",)))
         for seed in s.seeds:
@@ -233,14 +249,16 @@ class Planner:
                     steps.append(self._score(f"rlvr_{arm}_{seed}", f"{folder}/model", (name,), sets))
         return steps
 
-    def _score(self, name: str, model: str, needs: tuple[str, ...], sets: tuple[str, ...] = SETS) -> Step:
+    def _score(
+        self, name: str, model: str, needs: tuple[str, ...], sets: tuple[str, ...] = SETS, after: tuple[str, ...] = ()
+    ) -> Step:
         s = self.settings
         command = worker("score", model, name, *self._sets(*sets), "--k", s.k, "--max-tokens", s.max_tokens)
         command += ["--engine", s.engine, "--threads", str(s.threads)] + (["--limit", str(s.limit)] if s.limit else [])
         seconds = ENGINE_S + (130 if "gsm8k" in sets else 70)
         made = f"scores/{name}_{sets[-1]}.json"
-        return Step(f"score_{name}", command, seconds, needs, load=0.4, start_s=ENGINE_S, gib=13, threads=s.threads,
-                    makes=made)  # fmt: skip
+        return Step(f"score_{name}", command, seconds, needs, after, load=0.4, start_s=ENGINE_S, gib=13,
+                    threads=s.threads, makes=made)  # fmt: skip
 
     def _sets(self, *names: str) -> list[str]:
         return [f"{name}={self.settings.data[name]}" for name in names]
@@ -269,10 +287,24 @@ class Planner:
         step.command = kimi("train", name, "--out", folder, "--json", *more, *(["--resume"] if begun else []))
 
     def _settle_distill(self, step: Step, kind: str, arm: str) -> None:
+        if kind == "logits":
+            self._gather_samples()
         if kind not in self.decisions:
             self.decisions[kind] = self.decide(kind)
         step.seconds, step.gib = self._distill_seconds(kind), self.decisions[kind]["gib"]
         self._settle_train(step, distill_recipe(self.settings, arm, kind, self.decisions[kind]), f"runs/{kind}_{arm}")
+
+    def _gather_samples(self) -> None:
+        """samples.jsonl of all parts, and what they took; neither where there are none."""
+        out = self.settings.out
+        files = sorted(out.glob("samples_*.jsonl"))
+        if not files or (out / "samples.jsonl").is_file():
+            return
+        parts = [json.loads(file.with_suffix(".json").read_text(encoding="utf-8")) for file in files]
+        sums = {key: sum(part[key] for part in parts) for key in ("rows", "tokens", "tokens_per_s")}
+        found = {"parts": len(parts), **sums, "seconds": max(part["seconds"] for part in parts)}
+        self._write("samples.json", json.dumps(found) + "\n")
+        self._write("samples.jsonl", "".join(file.read_text(encoding="utf-8") for file in files))
 
     def _distill_seconds(self, kind: str) -> float:
         """By what was decided; before that `layers` counts with its share of the time, `logits` with the least."""
@@ -311,7 +343,8 @@ class Planner:
             most = most if kind == "layers" else 10**6
             steps = self._most_that_fit(kind, found, most)
         else:
-            rounds = -(-len(self.settings.arms) // len(self.settings.cards))  # arms that share a card take turns
+            at_once = max(1, len(self.settings.cards) // self.settings.learners)
+            rounds = -(-len(self.settings.arms) // at_once)  # arms that share cards take turns
             steps = min(most, int(LAYERS_SHARE * 60 * self.settings.minutes / rounds / step_s))
         return found | {"steps": max(steps, min(most, int(LEAST_S / step_s)), 2)}
 

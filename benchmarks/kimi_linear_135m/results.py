@@ -24,7 +24,7 @@ def write_results(settings: Settings) -> Path:
     arms, names = settings.arms, {card["id"]: card["name"] for card in state["cards"]}
     steps = {
         name: {key: row[key] for key in ("status", "seconds", "error")}
-        | {"command": _shown(row["command"]), "card": names.get(row["card"]), "card_id": row["card"] or None}
+        | {"command": _shown(row["command"]), "card": _card_names(row["card"], names), "card_id": row["card"] or None}
         for name, row in state["steps"].items()
     }
     found: dict[str, Any] = {
@@ -49,6 +49,12 @@ def write_results(settings: Settings) -> Path:
     target = out / "results.json"
     atomic_write_text(target, json.dumps(jsonable(found), indent=1) + "\n")
     return target
+
+
+def _card_names(ids: str | None, names: dict[str, str]) -> str | None:
+    """Of a step's card, or of its cards."""
+    found = [names[card] for card in (ids or "").split(",") if card in names]
+    return ", ".join(found) if found else None
 
 
 def _shown(command: list[str]) -> str:

@@ -26,9 +26,9 @@ class Step:
     """A command with an estimate of its `seconds` (alone on a card).
 
     `needs`: steps that must be done; `after`: steps that must have ended, however. `load`: the part of a card's time
-    that it takes, 0 for a step without a card, after `start_s` of its seconds; `gib`: of the card's memory. `makes`: a
-    path that it leaves, if it is done. `settle`: called once its needs are met, to set its command and estimate by what
-    came out so far.
+    that it takes, 0 for a step without a card, after `start_s` of its seconds; `gib`: of the card's memory. `cards`: on
+    how many it works, each with this load and memory. `makes`: a path that it leaves, if it is done. `settle`: called
+    once its needs are met, to set its command and estimate by what came out so far.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Step:
     load: float = 0.0
     start_s: float = 0.0
     gib: float = 0.0
+    cards: int = 1
     threads: int = 1
     makes: str | None = None
     settle: Callable[[Step], None] | None = None
@@ -74,7 +75,7 @@ class Record:
     or with the whole; goes on in the next call) or blocked (something that it needs failed)."""
 
     status: str = "waiting"
-    card: str | None = None
+    card: str | None = None  # its id, or several with commas
     began: float | None = None  # seconds after the start of this call
     seconds: float = 0.0  # of all its attempts
     estimate: float = 0.0
@@ -131,18 +132,18 @@ def pick(
     done: Collection[str],
     ended: Collection[str],
     priority: Mapping[str, float],
-) -> tuple[Step, Card | None] | None:
-    """The next step to start and its card, or None. `slots`: how many more processes may run.
+) -> tuple[Step, list[Card]] | None:
+    """The next step to start and its cards, or None. `slots`: how many more processes may run.
 
-    The step on which most hangs comes first; it gets the card with the least load that has room for it.
+    The step on which most hangs comes first; it gets the cards with the least load that have room for it.
     """
     ready = [s for s in waiting if set(s.needs) <= set(done) and set(s.after) <= set(ended)]
     for step in sorted(ready, key=lambda s: -priority[s.name]) if slots > 0 else ():
         if not step.load:
-            return step, None
-        free = [card for card in cards if card.has_room(step)]
-        if free:
-            return step, min(free, key=lambda card: card.load)
+            return step, []
+        free = sorted((card for card in cards if card.has_room(step)), key=lambda card: card.load)
+        if len(free) >= step.cards:
+            return step, free[: step.cards]
     return None
 
 
@@ -157,24 +158,25 @@ def forecast(
 ) -> dict[str, tuple[float, float]]:
     """When each step begins and ends, in seconds from now, if all take what was estimated.
 
-    `running`: step to the id of its card and the seconds that it still needs. Steps that work on a card on which loads
+    `running`: step to its `Record.card` and the seconds that it still needs. Steps that work on a card on which loads
     add up to more than 1 are slowed down by that. Steps that can never start are left out.
     """
     known = {step.name: step for step in steps}
     cards = [Card(card.id, card.name, card.gib) for card in cards]
     done, ended = set(done), set(ended) | set(done)
-    place: dict[str, Card | None] = {}
+    place: dict[str, list[Card]] = {}
     left: dict[str, float] = {}
     times: dict[str, tuple[float, float]] = {}
     priority, now = priorities(steps), 0.0
 
-    def start(step: Step, card: Card | None, seconds: float) -> None:
-        place[step.name], left[step.name], times[step.name] = card, max(seconds, 1e-6), (now, now)
-        if card is not None:
+    def start(step: Step, its: list[Card], seconds: float) -> None:
+        place[step.name], left[step.name], times[step.name] = its, max(seconds, 1e-6), (now, now)
+        for card in its:
             card.steps[step.name] = step
 
-    for name, (card_id, seconds) in (running or {}).items():
-        start(known[name], next((card for card in cards if card.id == card_id), None), seconds)
+    for name, (ids, seconds) in (running or {}).items():
+        its = [card for card in cards if ids is not None and card.id in ids.split(",")]
+        start(known[name], its, seconds)
     while True:
         waiting = [step for step in steps if step.name not in times and step.name not in ended]
         while found := pick(waiting, cards, slots - len(left), done=done, ended=ended, priority=priority):
@@ -186,8 +188,8 @@ def forecast(
         working = {name for name in left if starting[name] <= 1e-6}
         rates = {name: 1.0 for name in left}
         for name in working:
-            loads = (known[other].load for other in working if place[other] is place[name] is not None)
-            rates[name] = 1 / max(1.0, sum(loads))
+            loads = [sum(known[other].load for other in card.steps if other in working) for card in place[name]]
+            rates[name] = 1 / max(1.0, *loads, 0.0)
         passed = min((starting[name] if name not in working else left[name]) / rates[name] for name in left)
         now += passed
         for name in list(left):
@@ -196,8 +198,8 @@ def forecast(
                 del left[name]
                 times[name] = (times[name][0], now)
                 done, ended = done | {name}, ended | {name}
-                if place[name] is not None:
-                    del place[name].steps[name]
+                for card in place[name]:
+                    del card.steps[name]
 
 
 def launch(step: Step, log: Path, folder: Path, environment: dict[str, str]) -> Group:
@@ -328,18 +330,18 @@ class Scheduler:
                 return
             self._begin(*found)
 
-    def _begin(self, step: Step, card: Card | None) -> None:
-        record = self.records[step.name]
+    def _begin(self, step: Step, cards: list[Card]) -> None:
+        record, ids = self.records[step.name], ",".join(card.id for card in cards)
         environment = self._environment | {
-            "CUDA_VISIBLE_DEVICES": card.id if card is not None else "",
+            "CUDA_VISIBLE_DEVICES": ids,
             "OMP_NUM_THREADS": str(step.threads),
         }
         process = self._launch(step, self.folder / "logs" / f"{step.name}.log", self.folder, environment)
         self._processes[step.name] = process, self.now()
-        if card is not None:
+        for card in cards:
             card.steps[step.name] = step
-        record.status, record.card, record.began, record.error = "running", card.id if card else None, self.now(), None
-        where = f" on card {card.id}" if card is not None and card.id else ""
+        record.status, record.card, record.began, record.error = "running", ids if cards else None, self.now(), None
+        where = f" on card {ids}" if ids else ""
         self._tell(step.name, f"begins{where}, about {step.seconds:.0f} s alone")
         self.save()
 

@@ -175,13 +175,14 @@ def train_a_few(recipe: Any, folder: Path, threads: int) -> dict[str, Any]:
 def sample(arguments: list[str]) -> None:
     """sample MODEL FILE NAME=DATA...: the model's solutions of training problems, until the seconds are over.
 
-    First one solution of each problem of each set, then a second one of the first set's. Rows are those of
-    `kimi-rl generate --json`, less log-probs and text; the file is written anew after each chunk.
+    First one solution of each problem of each set, then a second one of the first set's; of these those of --part. Rows
+    are those of `kimi-rl generate --json`, less log-probs and text; the file is written anew after each chunk.
     """
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("file", type=Path)
     parser.add_argument("sets", nargs="+")
+    parser.add_argument("--part", default="0/1", help="I/N: of the solutions those with number I, I + N, I + 2N...")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--max-tokens", type=int, default=320)
@@ -206,6 +207,8 @@ def sample(arguments: list[str]) -> None:
         prompts = [prompt_ids(tokenizer, row) for row in rows]
         order = random.Random(draw).sample(range(len(prompts)), len(prompts))
         asked += [(f"{name}-{draw}", i, prompts[i]) for i in order if len(prompts[i]) <= args.longest_prompt]
+    part, parts = map(int, args.part.split("/"))
+    asked = asked[part::parts]
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
     engine = open_engine(args.model, args.engine, args.longest_prompt + args.max_tokens + 1, threads)
     start, lines, tokens = time.perf_counter(), [], 0
@@ -213,8 +216,8 @@ def sample(arguments: list[str]) -> None:
         spent = time.perf_counter() - start
         if place and spent * (1 + args.chunk / place) > args.seconds:
             break  # the next chunk would not be ready in time
-        part = asked[place : place + args.chunk]
-        requests = [Request(ids, derive_seed(0, "sample", name, i)) for name, i, ids in part]
+        chunk = asked[place : place + args.chunk]
+        requests = [Request(ids, derive_seed(0, "sample", name, i)) for name, i, ids in chunk]
         found = engine.generate(requests, SamplingParams(args.max_tokens, temperature=args.temperature))
         for request, completion in zip(requests, found, strict=True):
             row = {"prompt_ids": list(request.prompt_ids), "token_ids": list(completion.token_ids)}
