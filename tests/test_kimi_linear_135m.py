@@ -236,6 +236,21 @@ def test_arms_are_distilled_on_all_cards(tmp_path, monkeypatch, capsys):
         assert (stage.batch_tokens, stage.pack_tokens) == (learners * 32768, 32768)
     assert two.outlook()["logits_hybrid"][0] == two.outlook()["logits_mla"][0]  # both at once
 
+    # A later call has fewer cards, or more: the steps stay what was decided, and what was begun otherwise begins anew.
+    for made, learners, expected in ((two, 1, 1), (one, 2, 1)):
+        begun = made.settings.out / "runs/logits_mla"
+        begun.mkdir(parents=True)
+        (begun / "recipe.yaml").write_text((made.settings.out / "recipes/logits_mla.yaml").read_text())
+        again = planner(made.settings.out, learners=learners, kept=made.settings.kept)
+        (step,) = (step for step in again.scheduler.steps if step.name == "logits_mla")
+        step.settle(step)
+        stage = graph.load_recipe(made.settings.out / step.command[4]).stages[0]
+        assert step.cards == stage.learners == expected
+        assert stage.batch_tokens == made.decisions["logits"]["rows"] * 32768
+        assert stage.steps == made.decisions["logits"]["steps"]
+        assert ("--resume" in step.command) == begun.exists() == (made is one)
+    assert two.decisions["logits"]["rows"] == 2
+
 
 def test_steps_given_by_hand_hold(tmp_path):
     made = planner(tmp_path, overrides={"distill": ["stages.layers.steps=70", "stages.logits.steps=90"]})
@@ -275,8 +290,8 @@ DISTILL += [f"stages.{kind}.{word}" for kind in ("layers", "logits") for word in
 SFT = ["data.held_out_size=3", "stages.sft.steps=2", "stages.sft.batch_size=2", "stages.sft.warmup_steps=1"]
 RUN = SFT + [f"stages.rlvr.{word}" for word in
              ("steps=1", "warmup_steps=0", "prompts_per_step=2", "group_size=2", "micro_batch_size=4", "eval.k=2",
-              "eval.max_tokens=6", "eval.limit=2", "rollout.engine=transformers", "rollout.max_tokens=6",
-              "rollout.engine_args={}")]  # fmt: skip
+              "eval.max_tokens=6", "eval.limit=2", "rollout.engine=transformers", "rollout.workers=1",
+              "rollout.max_tokens=6", "rollout.engine_args={}")]  # fmt: skip
 TINY = [f"{part}:{word}" for part, words in (("distill", DISTILL), ("source", SFT), ("run", RUN)) for word in words]
 
 

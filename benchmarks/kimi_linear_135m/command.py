@@ -34,8 +34,7 @@ SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math", "svamp": "ChilleD/SVAMP",
         "math500": "HuggingFaceH4/MATH-500"}  # fmt: skip
 WORKERS = ("source", "probe", "sample", "score")
-# As in the first call.
-LASTING = ("source", "data", "threads", "learners", "engine", "k", "max_tokens", "limit", "overrides")
+LASTING = ("source", "data", "threads", "engine", "k", "max_tokens", "limit", "overrides")  # as in the first call
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,7 +104,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
     old = read_state(out)
     before = old.get("settings", {})
     cards, arms = find_cards(args.cards), tuple(_list(args.arms, "--arms", ("hybrid", "mla")))
-    learners = args.learners or before.get("learners") or max(1, len(cards) // len(arms))
+    learners = args.learners or max(1, len(cards) // len(arms))
     if learners > len(cards):
         raise InputError(f"--learners {learners}: more than the {len(cards)} cards; give more cards or fewer learners")
     settings = Settings(

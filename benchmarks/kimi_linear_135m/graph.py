@@ -16,7 +16,7 @@ from typing import Any
 from kimi_linear_135m.scheduler import Card, Scheduler, Step
 from kimi_rl.errors import InputError
 from kimi_rl.recipe import Recipe
-from kimi_rl.recipe_load import dump_recipe, load_recipe, parse_yaml
+from kimi_rl.recipe_load import dump_recipe, first_difference, load_recipe, parse_yaml
 from kimi_rl.run_dir import atomic_write_text
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +61,10 @@ class Settings:
     overrides: dict[str, list[str]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)  # `decisions` and more, in state.json
 
+    def learners_for(self, decision: dict[str, Any]) -> int:
+        """Those that can divide the steps that were decided, maybe for other cards."""
+        return self.learners if decision["rows"] % self.learners == 0 else 1
+
     @property
     def slots(self) -> int:
         """Processes at a time: their starts are work for the CPU."""
@@ -93,7 +97,10 @@ def distill_seconds(spent: float) -> float:
 
 
 def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, Any] | None = None) -> Recipe:
-    """One stage of recipes/smollm2_convert_ARM.yaml; `decision` as in `Planner.decide`."""
+    """One stage of recipes/smollm2_convert_ARM.yaml; `decision` as in `Planner.decide`.
+
+    Its steps and their tokens are those that were decided, on however many cards they are made now.
+    """
     start = f"models/{arm}" if kind == "layers" else f"runs/layers_{arm}/model"
     own = [f"model.path={start}", f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
     own += [f"name={kind}_{arm}"]
@@ -107,7 +114,8 @@ def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, 
         steps = decision["steps"]
         changes = {"steps": steps, "warmup_steps": min(stage.warmup_steps, max(1, steps // 10))}
         changes["pack_tokens"] = decision["pack_tokens"]
-        changes["learners"], changes["batch_tokens"] = settings.learners, settings.learners * stage.batch_tokens
+        changes["batch_tokens"] = decision["rows"] * stage.batch_tokens
+        changes["learners"] = settings.learners_for(decision)
         if decision.get("samples"):
             changes["texts"] = "samples.jsonl"
     tree = recipe.model_dump() | {"stages": [stage.model_dump() | changes]}
@@ -228,8 +236,8 @@ class Planner:
     def _tuned(self, exported: tuple[str, ...]) -> list[Step]:
         """SFT of the source; SFT and RLVR of each arm and seed; their scores."""
         s, stopping = self.settings, not self.settings.reaches("rlvr")
-        steps = [Step("source_sft", [], START_S + 150, exported, self._source_waits_for(), load=0.6, start_s=START_S,
-                      gib=16, threads=s.threads, makes="runs/source_sft/model/config.json")]  # fmt: skip
+        steps = [Step("source_sft", [], START_S + 120, exported, self._source_waits_for(), load=0.6, start_s=START_S,
+                      gib=24, threads=s.threads, makes="runs/source_sft/model/config.json")]  # fmt: skip
         steps[0].settle = lambda step: self._settle_train(step, source_recipe(s), "runs/source_sft")
         steps.append(self._score("source_sft", "runs/source_sft/model", ("source_sft",)))
         for seed in s.seeds:
@@ -237,8 +245,8 @@ class Planner:
                 folder, name = run_folder(arm, seed), f"{'sft' if stopping else 'run'}_{arm}_{seed}"
                 tuned = f"{folder}/stages/0_sft/model"
                 made = f"{tuned if stopping else folder + '/model'}/config.json"
-                step = Step(name, [], START_S + 140 + (0 if stopping else 340), (f"logits_{arm}",), load=0.5,
-                            start_s=START_S, gib=26, threads=s.threads, makes=made)  # fmt: skip
+                step = Step(name, [], START_S + 110 + (0 if stopping else 380), (f"logits_{arm}",), load=0.5,
+                            start_s=START_S, gib=30, threads=s.threads, makes=made)  # fmt: skip
                 step.settle = lambda step, arm=arm, seed=seed, folder=folder: self._settle_train(
                     step, run_recipe(s, arm, seed), folder, *(["--until", "sft"] if stopping else [])
                 )
@@ -281,18 +289,24 @@ class Planner:
 
     def _settle_train(self, step: Step, recipe: Recipe, folder: str, *more: str) -> None:
         """`kimi-rl train`, which goes on with what is in `folder` already."""
-        name = f"recipes/{recipe.name}.yaml"
-        self._write(name, dump_recipe(recipe))
-        begun = (self.settings.out / folder / "recipe.yaml").is_file()
+        name, text = f"recipes/{recipe.name}.yaml", dump_recipe(recipe)
+        self._write(name, text)
+        stored = self.settings.out / folder / "recipe.yaml"
+        begun = stored.is_file()
+        if begun and first_difference(parse_yaml(stored.read_text(), str(stored)), parse_yaml(text, name)):
+            shutil.rmtree(stored.parent)  # begun on another number of cards, and not finished
+            begun = False
         step.command = kimi("train", name, "--out", folder, "--json", *more, *(["--resume"] if begun else []))
 
     def _settle_distill(self, step: Step, kind: str, arm: str) -> None:
+        s = self.settings
         if kind == "logits":
             self._gather_samples()
         if kind not in self.decisions:
             self.decisions[kind] = self.decide(kind)
-        step.seconds, step.gib = self._distill_seconds(kind), self.decisions[kind]["gib"]
-        self._settle_train(step, distill_recipe(self.settings, arm, kind, self.decisions[kind]), f"runs/{kind}_{arm}")
+        decision = self.decisions[kind]
+        step.seconds, step.gib, step.cards = self._distill_seconds(kind), decision["gib"], s.learners_for(decision)
+        self._settle_train(step, distill_recipe(s, arm, kind, decision), f"runs/{kind}_{arm}")
 
     def _gather_samples(self) -> None:
         """samples.jsonl of all parts, and what they took; neither where there are none."""
@@ -309,11 +323,13 @@ class Planner:
     def _distill_seconds(self, kind: str) -> float:
         """By what was decided; before that `layers` counts with its share of the time, `logits` with the least."""
         if kind in self.decisions:
-            return distill_seconds(self.decisions[kind]["steps"] * self.decisions[kind]["step_s"])
+            found = self.decisions[kind]
+            slower = found["rows"] / self.settings.learners_for(found)
+            return distill_seconds(found["steps"] * found["step_s"] * slower)
         return distill_seconds(LAYERS_SHARE * 60 * self.settings.minutes if kind == "layers" else LEAST_S)
 
     def _measured(self, kind: str) -> dict[str, Any]:
-        """step_s, pack_tokens and gib of the slower and larger arm, by the probes; the recipe's own steps."""
+        """step_s, pack_tokens and gib of the slower and larger arm, by the probes; rows; the recipe's own steps."""
         stages = [distill_recipe(self.settings, arm, kind).stages[0] for arm in self.settings.arms]
         found = []
         for arm in self.settings.arms:
@@ -323,6 +339,7 @@ class Planner:
         peaks = [probe["peak_gib"] for probe in found if probe["peak_gib"]]
         return {
             "step_s": max((probe["step_s"] for probe in found), default=STEP_S[kind]),
+            "rows": self.settings.learners,  # that a step has of the recipe's steps, one for each card
             "pack_tokens": min((probe["pack_tokens"] for probe in found), default=stages[0].pack_tokens),
             "gib": 1.1 * max(peaks) + 2 if peaks else PEAK_GIB[kind],
             "most": stages[0].steps,
