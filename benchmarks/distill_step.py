@@ -47,6 +47,7 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback  # noqa: E402
 
 from kimi_rl.convert.conversion import parse_ratio, target_config  # noqa: E402
+from kimi_rl.learner.data_parallel import Place, TrainingGroup  # noqa: E402
 from kimi_rl.learner.distill_trainers import make_trainer  # noqa: E402
 from kimi_rl.learner.muon import BATCHED_MUON  # noqa: E402
 from kimi_rl.learner.stage import StageContext  # noqa: E402
@@ -196,12 +197,12 @@ def run(args, match: str, teacher: Teacher, student: KimiLinearForCausalLM, text
             recipe=SimpleNamespace(seed=0, precision="auto", report_to=None),
             model=student,
             tokenizer=None,
-            job=SimpleNamespace(device=args.device),
+            job=SimpleNamespace(device=args.device, place=Place()),
             on_gpu=args.device == "cuda",
             folder=Path(folder),
         )
         context.trainer_arguments = lambda: StageContext.trainer_arguments(context)
-        trainer = make_trainer(context, teacher, texts)
+        trainer = make_trainer(context, teacher, texts, TrainingGroup(Place()))
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(watch)
         trainer.start_clock()
