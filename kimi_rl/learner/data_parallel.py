@@ -21,8 +21,7 @@ import torch.distributed as dist
 
 from kimi_rl.errors import RunError, one_line
 
-_LOAD = timedelta(minutes=30)  # for all to have loaded
-_STEP = timedelta(minutes=60)  # for one to wait for the others: the leader measures in between
+_PATIENCE = timedelta(minutes=60)  # of one that waits for the others to load, or for the leader to measure
 
 
 @dataclass(frozen=True)
@@ -50,14 +49,20 @@ Launch = Callable[[Place], tuple[Any, ray.ObjectRef]]
 class TrainingGroup:
     """The processes that train a stage together, as one of them sees it. One alone needs no one: nothing happens."""
 
-    def __init__(self, place: Place, processes: Any = None):
+    def __init__(self, place: Place, meet: Callable[[], Any] | None = None):
         self.rank, self.size = place.rank, place.size
-        self._processes = processes
+        self._meet = meet
+        self._processes: Any = None
         self._fault: Exception | None = None
+
+    def join(self) -> None:
+        """Wait until all have loaded what they need. Raises what one of them raises meanwhile."""
+        if self.size > 1:
+            self._processes = self._meet()
 
     @torch.no_grad()
     def average(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Each becomes the mean over all processes, in place. All call this with tensors of the same shapes.
+        """Each becomes the mean over all processes, in place. All call this with the same shapes, of one dtype.
 
         Raises RunError if one of them is gone.
         """
@@ -85,15 +90,18 @@ class TrainingGroup:
 def training_group(
     place: Place, device: str, launch: Launch | None = None, checkpoint: Path | None = None
 ) -> Iterator[TrainingGroup]:
-    """The group for the time of a stage. The leader starts the others with `launch`, and ends with them."""
+    """The group for the time of a stage. The leader starts the others with `launch`, and ends with them.
+
+    They load while it loads; all call `join` before the first step.
+    """
     if place.size == 1:
         yield TrainingGroup(place)
     elif place.leads:
         with _led(place, device, launch, checkpoint) as group:
             yield group
     else:
-        store = dist.TCPStore(*place.address, place.size, is_master=False, timeout=_LOAD, wait_for_workers=False)
-        group = TrainingGroup(place, _join(store, place, device))
+        store = dist.TCPStore(*place.address, place.size, is_master=False, timeout=_PATIENCE, wait_for_workers=False)
+        group = TrainingGroup(place, lambda: _join(store, place, device))
         _kept.append(group)
         yield group
 
@@ -105,15 +113,19 @@ _kept: list[TrainingGroup] = []
 @contextlib.contextmanager
 def _led(place: Place, device: str, launch: Launch, checkpoint: Path | None) -> Iterator[TrainingGroup]:
     host = ray.util.get_node_ip_address()
-    store = dist.TCPStore(host, 0, place.size, is_master=True, timeout=_LOAD, wait_for_workers=False)
+    store = dist.TCPStore(host, 0, place.size, is_master=True, timeout=_PATIENCE, wait_for_workers=False)
     address, start = (host, store.port), str(checkpoint) if checkpoint else None
     others = [launch(Place(rank, place.size, address, start)) for rank in range(1, place.size)]
-    group = TrainingGroup(place)
-    try:
-        answers = [answer for _, answer in others]
+    answers = [answer for _, answer in others]
+
+    def meet() -> Any:
         _wait_for(store, answers)
-        group = TrainingGroup(place, _join(store, place, device))
+        processes = _join(store, place, device)
         threading.Thread(target=_watch, args=(group, answers), daemon=True, name="training group").start()
+        return processes
+
+    group = TrainingGroup(place, meet)
+    try:
         yield group
         ray.get(answers)
     finally:
@@ -126,9 +138,9 @@ def _join(store: Any, place: Place, device: str) -> Any:
     """The process group, once all have loaded; apart from torch's default one, of which trainers know too much."""
     store.set(f"loaded {place.rank}", b"1")
     if device == "cpu":
-        return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), place.rank, place.size, _STEP)
+        return dist.ProcessGroupGloo(dist.PrefixStore("gloo", store), place.rank, place.size, _PATIENCE)
     options = dist.ProcessGroupNCCL.Options()
-    options._timeout = _STEP
+    options._timeout = _PATIENCE
     return dist.ProcessGroupNCCL(dist.PrefixStore("nccl", store), place.rank, place.size, options)
 
 

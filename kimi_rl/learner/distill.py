@@ -53,6 +53,7 @@ def distill_in(group: TrainingGroup, context: StageContext, checkpoint: Path | N
     accuracy = stage.eval is not None
     if checkpoint is None and leads:
         exam.hold(0, "before", accuracy=accuracy)
+    group.join()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     return exam.hold(stage.steps, "after", accuracy=accuracy) if leads else {}
 
