@@ -252,6 +252,21 @@ def test_arms_are_distilled_on_all_cards(tmp_path, monkeypatch, capsys):
     assert two.decisions["logits"]["rows"] == 2
 
 
+def test_distillation_may_go_straight_to_the_logits(tmp_path):
+    both, straight = planner(tmp_path / "1"), planner(tmp_path / "2", layers_share=0)
+    names = {step.name for step in straight.scheduler.steps}
+    assert names == {step.name for step in both.scheduler.steps} - {"layers_hybrid", "layers_mla"}
+    assert straight.decide("logits")["steps"] > both.decide("logits")["steps"] + 100
+    (step,) = (step for step in straight.scheduler.steps if step.name == "logits_mla")
+    assert step.needs == ("convert_mla",) and {"convert_hybrid", "probe_hybrid", "sample_3"} <= {*step.after}
+    step.settle(step)
+    recipe = graph.load_recipe(tmp_path / "2" / step.command[4])
+    assert recipe.model.path == "models/mla" and [stage.name for stage in recipe.stages] == ["logits"]
+    (probe,) = (step for step in straight.scheduler.steps if step.name == "probe_mla")
+    probe.settle(probe)
+    assert [path.name for path in (tmp_path / "2/recipes").glob("probe_*")] == ["probe_logits_mla.yaml"]
+
+
 def test_steps_given_by_hand_hold(tmp_path):
     made = planner(tmp_path, overrides={"distill": ["stages.layers.steps=70", "stages.logits.steps=90"]})
     assert (made.decide("layers")["steps"], made.decide("logits")["steps"]) == (70, 90)
@@ -265,6 +280,8 @@ def test_steps_given_by_hand_hold(tmp_path):
         (["--seeds", "0,0"], "--seeds '0,0'"),
         (["--gsm8k", "/no/such/folder"], "/no/such/folder: no such file or folder"),
         (["rlvr:steps=3"], "expected PART:KEY=VALUE"),
+        (["--layers-share", "0", "--until", "layers"], "--until layers: with --layers-share 0 there is no such stage"),
+        (["--layers-share", "8"], "--layers-share 8: give a part of the time"),
         (["run:stages.rlvr.stepz=3"], "stepz"),
     ],
 )

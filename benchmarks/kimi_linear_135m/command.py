@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kimi_linear_135m.graph import NAME, PARTS, RESULTS_S, STAGES, Planner, Settings, check_settings
+from kimi_linear_135m.graph import LAYERS_SHARE, NAME, PARTS, RESULTS_S, STAGES, Planner, Settings, check_settings
 from kimi_linear_135m.results import score_lines, scores, write_results
 from kimi_linear_135m.scheduler import Card, Scheduler, launch, read_state
 from kimi_rl.errors import InputError, one_line
@@ -34,7 +34,8 @@ SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math", "svamp": "ChilleD/SVAMP",
         "math500": "HuggingFaceH4/MATH-500"}  # fmt: skip
 WORKERS = ("source", "probe", "sample", "score")
-LASTING = ("source", "data", "threads", "engine", "k", "max_tokens", "limit", "overrides")  # as in the first call
+# As in the first call.
+LASTING = ("source", "data", "threads", "engine", "layers_share", "k", "max_tokens", "limit", "overrides")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,6 +83,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--until", choices=STAGES, default="rlvr")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     parser.add_argument("--sample-seconds", type=float, default=90.0, help="of sampling from the source; 0: none")
+    parser.add_argument(
+        "--layers-share", type=float, default=LAYERS_SHARE, help="of the time for the stage before `logits`; 0: none"
+    )
     parser.add_argument("--k", type=int, default=4, help="samples a problem in every score")
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer in every score")
     parser.add_argument("--limit", type=int, help="score the first N problems of each set")
@@ -113,8 +117,8 @@ def make_settings(args: argparse.Namespace) -> Settings:
         threads=args.threads or before.get("threads") or max(1, min(12, cores // 4)),
         arms=arms,
         seeds=tuple(int(word) for word in _list(args.seeds, "--seeds")), until=args.until, engine=args.engine,
-        sample_s=args.sample_seconds, k=args.k, max_tokens=args.max_tokens, limit=args.limit,
-        overrides=split_overrides(args.overrides), kept=old,
+        sample_s=args.sample_seconds, layers_share=args.layers_share, k=args.k, max_tokens=args.max_tokens,
+        limit=args.limit, overrides=split_overrides(args.overrides), kept=old,
     )  # fmt: skip
     for key in ("steps", "started", "seconds", "cards"):
         settings.kept.pop(key, None)  # the scheduler's own

@@ -55,11 +55,17 @@ class Settings:
     until: str = "rlvr"
     engine: str = "auto"
     sample_s: float = 90.0
+    layers_share: float = LAYERS_SHARE  # of the time, for the `layers` stage; 0: there is none
     k: int = 4
     max_tokens: int = 512
     limit: int | None = None
     overrides: dict[str, list[str]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)  # `decisions` and more, in state.json
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The distill stages."""
+        return ("layers", "logits") if self.layers_share else ("logits",)
 
     def learners_for(self, decision: dict[str, Any]) -> int:
         """Those that can divide the steps that were decided, maybe for other cards."""
@@ -101,7 +107,7 @@ def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, 
 
     Its steps and their tokens are those that were decided, on however many cards they are made now.
     """
-    start = f"models/{arm}" if kind == "layers" else f"runs/layers_{arm}/model"
+    start = f"models/{arm}" if kind == settings.kinds[0] else f"runs/layers_{arm}/model"
     own = [f"model.path={start}", f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
     own += [f"name={kind}_{arm}"]
     for stage in ("layers", "logits"):
@@ -184,7 +190,7 @@ class Planner:
             step = Step(f"sample_{part}", command, ENGINE_S + s.sample_s, exported, load=0.5, start_s=ENGINE_S, gib=14,
                         threads=s.threads, makes=file)  # fmt: skip
             steps.append(step)
-        for kind in ("layers", "logits"):
+        for kind in s.kinds:
             if s.reaches(kind):
                 steps += [self._distill(kind, arm, [step.name for step in probes]) for arm in s.arms]
         if s.reaches("logits"):
@@ -210,23 +216,24 @@ class Planner:
         """Of each arm, or of all in one process where there are fewer cards than arms."""
         s = self.settings
         groups = [(arm,) for arm in s.arms] if len(s.cards) >= len(s.arms) else [s.arms]
-        made = []
+        made, work_s = [], 45 if s.layers_share else 25
         for arms in groups:
             name = "_".join(("probe", *arms))
             command = worker("probe", "--source", s.model, "--threads", s.threads, *arms)
-            step = Step(name, command, 50 + 45 * len(arms), exported, load=0.6, start_s=50, gib=45, threads=s.threads,
-                        makes=f"probes/{arms[-1]}.json")  # fmt: skip
+            step = Step(name, command, 50 + work_s * len(arms), exported, load=0.6, start_s=50, gib=45,
+                        threads=s.threads, makes=f"probes/{arms[-1]}.json")  # fmt: skip
             step.settle = lambda step, arms=arms: self._write_probe_recipes(arms)
             made.append(step)
         return made
 
     def _distill(self, kind: str, arm: str, probes: list[str]) -> Step:
         s, name = self.settings, f"{kind}_{arm}"
-        if kind == "layers":
+        if kind == s.kinds[0]:
             needs, after = (f"convert_{arm}",), tuple(probes)
-        else:  # all arms are to have got here, so that they get equally many steps
-            needs = (f"layers_{arm}",)
-            after = tuple(f"layers_{other}" for other in s.arms)
+        else:
+            needs, after = (f"layers_{arm}",), ()
+        if kind == "logits":  # all arms are to have got here, so that they get equally many steps
+            after += tuple(needs[0].replace(arm, other) for other in s.arms)
             after += tuple(f"sample_{part}" for part in range(self.sample_parts))
         step = Step(name, [], self._distill_seconds(kind), needs, after, load=1.0, start_s=START_S, cards=s.learners,
                     gib=PEAK_GIB[kind], threads=s.threads, makes=f"runs/{name}/model/config.json")  # fmt: skip
@@ -279,7 +286,7 @@ class Planner:
 
     def _write_probe_recipes(self, arms: tuple[str, ...]) -> None:
         for arm in arms:
-            for kind in ("layers", "logits"):
+            for kind in self.settings.kinds:
                 text = dump_recipe(distill_recipe(self.settings, arm, kind))
                 self._write(f"recipes/probe_{kind}_{arm}.yaml", text)
 
@@ -326,7 +333,8 @@ class Planner:
             found = self.decisions[kind]
             slower = found["rows"] / self.settings.learners_for(found)
             return distill_seconds(found["steps"] * found["step_s"] * slower)
-        return distill_seconds(LAYERS_SHARE * 60 * self.settings.minutes if kind == "layers" else LEAST_S)
+        share = self.settings.layers_share * 60 * self.settings.minutes
+        return distill_seconds(share if kind == "layers" else LEAST_S)
 
     def _measured(self, kind: str) -> dict[str, Any]:
         """step_s, pack_tokens and gib of the slower and larger arm, by the probes; rows; the recipe's own steps."""
@@ -362,7 +370,7 @@ class Planner:
         else:
             at_once = max(1, len(self.settings.cards) // self.settings.learners)
             rounds = -(-len(self.settings.arms) // at_once)  # arms that share cards take turns
-            steps = min(most, int(LAYERS_SHARE * 60 * self.settings.minutes / rounds / step_s))
+            steps = min(most, int(self.settings.layers_share * 60 * self.settings.minutes / rounds / step_s))
         return found | {"steps": max(steps, min(most, int(LEAST_S / step_s)), 2)}
 
     def _most_that_fit(self, kind: str, found: dict[str, Any], most: int) -> int:
@@ -388,7 +396,7 @@ class Planner:
 
     def outlook(self) -> dict[str, tuple[float, float]]:
         """When each step would begin and end, by what is known now: with the steps that would be decided now."""
-        for kind in ("layers", "logits"):
+        for kind in self.settings.kinds:
             if kind not in self.decisions and self.settings.reaches(kind):
                 decision = self.decide(kind)
                 for step in self.scheduler.steps:
@@ -399,11 +407,15 @@ class Planner:
 
 def check_settings(settings: Settings) -> None:
     """Mistakes that can be seen at once. Raises InputError."""
+    if not 0 <= settings.layers_share < 1:
+        raise InputError(f"--layers-share {settings.layers_share:g}: give a part of the time, from 0 to less than 1")
+    if settings.until not in (*settings.kinds, "sft", "rlvr"):
+        raise InputError(f"--until {settings.until}: with --layers-share 0 there is no such stage")
     for part in settings.overrides:
         if part not in PARTS:
             raise InputError(f"override {part}:...: unknown part; give one of {', '.join(PARTS)}")
     for arm in settings.arms:
-        for kind in ("layers", "logits"):
+        for kind in settings.kinds:
             distill_recipe(settings, arm, kind)
         for seed in settings.seeds:
             run_recipe(settings, arm, seed)

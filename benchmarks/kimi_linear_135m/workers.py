@@ -80,9 +80,15 @@ def probe(arguments: list[str]) -> None:
         folder = Path("probes") / arm
         shutil.rmtree(folder, ignore_errors=True)
         make_random_model(args.source, arm, folder / "model")
-        found = {kind: probe_stage(kind, arm, folder, args.threads) for kind in ("layers", "logits")}
+        kinds = [kind for kind in PROBE_STEPS if probe_recipe(kind, arm).is_file()]
+        found = {kind: probe_stage(kind, arm, folder, args.threads) for kind in kinds}
         atomic_write_text(Path("probes") / f"{arm}.json", json.dumps(found, indent=1) + "\n")
         shutil.rmtree(folder)
+
+
+def probe_recipe(kind: str, arm: str) -> Path:
+    """The stage to probe, where there is to be one."""
+    return Path("recipes") / f"probe_{kind}_{arm}.yaml"
 
 
 def make_random_model(source: str, arm: str, folder: Path) -> None:
@@ -108,7 +114,7 @@ def probe_stage(kind: str, arm: str, folder: Path, threads: int) -> dict[str, An
 
     from kimi_rl.dataset import load_problems
 
-    file = Path("recipes") / f"probe_{kind}_{arm}.yaml"
+    file = probe_recipe(kind, arm)
     steps = PROBE_STEPS[kind]
     plain = load_recipe(file)
     (stage,) = plain.stages
