@@ -166,8 +166,9 @@ def test_a_step_on_several_cards_sees_all_of_them(tmp_path):
 
 def planner(tmp_path, count=4, **more):
     settings = graph.Settings(
-        command.SOURCE, dict(command.DATA), tmp_path, cards=cards(count, 79.6), cores=16 * count, threads=4, **more
-    )
+        command.SOURCE, dict(command.DATA), tmp_path, cards=cards(count, 79.6), cores=16 * count, threads=4,
+        **{"layers_share": 0.08, **more},
+    )  # fmt: skip
     made = graph.Planner(settings)
     seconds = 60 * settings.minutes - graph.RESULTS_S
     made.scheduler = Scheduler(made.steps(), settings.cards, settings.slots, tmp_path, seconds, notes=settings.kept)
@@ -371,6 +372,7 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
     out = tmp_path / "out"
     words = [*inputs, "--out", str(out), "--cards", "cpu", "--engine", "transformers", "--threads", "1", "--k", "2"]
     words += ["--max-tokens", "6", "--limit", "2", "--sample-seconds", "0.1", "--arms", "hybrid", "--seeds", "0", *TINY]
+    words += ["--layers-share", "0.08"]
 
     # First to the end of SFT; there is no model to score at first, which stops nothing else.
     (tmp_path / "svamp").rename(tmp_path / "away")

@@ -84,7 +84,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     parser.add_argument("--sample-seconds", type=float, default=90.0, help="of sampling from the source; 0: none")
     parser.add_argument(
-        "--layers-share", type=float, default=LAYERS_SHARE, help="of the time for the stage before `logits`; 0: none"
+        "--layers-share", type=float, default=LAYERS_SHARE, help="of the time for a `layers` stage first. Default: none"
     )
     parser.add_argument("--k", type=int, default=4, help="samples a problem in every score")
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer in every score")
