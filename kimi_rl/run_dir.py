@@ -459,11 +459,16 @@ def describe_environment() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": usable_cores(),
         "memory_gib": _memory_gib(),
         "gpus": gpu_names(),
         "versions": {"kimi-rl": __version__} | {name: _version(found) for name, found in _VERSIONS.items()},
     }
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(packages: list[str]) -> str | None:

@@ -28,7 +28,7 @@ from kimi_linear_135m.results import score_lines, scores, write_results
 from kimi_linear_135m.scheduler import Card, Scheduler, launch, read_state
 from kimi_rl.errors import InputError, one_line
 from kimi_rl.kernels.compile_cache import cache_environment
-from kimi_rl.run_dir import RunDir, only_one
+from kimi_rl.run_dir import RunDir, only_one, usable_cores
 
 SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math", "svamp": "ChilleD/SVAMP",
@@ -104,7 +104,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def make_settings(args: argparse.Namespace) -> Settings:
     """What was asked for, with what a former call in the same folder fixed. Raises InputError."""
     out = args.out.expanduser().resolve()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     old = read_state(out)
     before = old.get("settings", {})
     cards, arms = find_cards(args.cards), tuple(_list(args.arms, "--arms", ("hybrid", "mla")))

@@ -228,15 +228,14 @@ class Planner:
 
     def _distill(self, kind: str, arm: str, probes: list[str]) -> Step:
         s, name = self.settings, f"{kind}_{arm}"
-        if kind == s.kinds[0]:
-            needs, after = (f"convert_{arm}",), tuple(probes)
-        else:
-            needs, after = (f"layers_{arm}",), ()
+        first = kind == s.kinds[0]
+        before, after = "convert" if first else "layers", tuple(probes) if first else ()
         if kind == "logits":  # all arms are to have got here, so that they get equally many steps
-            after += tuple(needs[0].replace(arm, other) for other in s.arms)
+            after += tuple(f"{before}_{other}" for other in s.arms)
             after += tuple(f"sample_{part}" for part in range(self.sample_parts))
-        step = Step(name, [], self._distill_seconds(kind), needs, after, load=1.0, start_s=START_S, cards=s.learners,
-                    gib=PEAK_GIB[kind], threads=s.threads, makes=f"runs/{name}/model/config.json")  # fmt: skip
+        step = Step(name, [], self._distill_seconds(kind), (f"{before}_{arm}",), after, load=1.0, start_s=START_S,
+                    cards=s.learners, gib=PEAK_GIB[kind], threads=s.threads,
+                    makes=f"runs/{name}/model/config.json")  # fmt: skip
         step.settle = lambda step: self._settle_distill(step, kind, arm)
         return step
 
@@ -300,9 +299,11 @@ class Planner:
         self._write(name, text)
         stored = self.settings.out / folder / "recipe.yaml"
         begun = stored.is_file()
-        if begun and first_difference(parse_yaml(stored.read_text(), str(stored)), parse_yaml(text, name)):
-            shutil.rmtree(stored.parent)  # begun on another number of cards, and not finished
-            begun = False
+        if begun:
+            difference = first_difference(parse_yaml(stored.read_text(), str(stored)), parse_yaml(text, name))
+            if difference and difference[0].endswith(".learners"):
+                shutil.rmtree(stored.parent)  # a distill stage begun on another number of cards, and not finished
+                begun = False
         step.command = kimi("train", name, "--out", folder, "--json", *more, *(["--resume"] if begun else []))
 
     def _settle_distill(self, step: Step, kind: str, arm: str) -> None:
@@ -409,7 +410,7 @@ def check_settings(settings: Settings) -> None:
     """Mistakes that can be seen at once. Raises InputError."""
     if not 0 <= settings.layers_share < 1:
         raise InputError(f"--layers-share {settings.layers_share:g}: give a part of the time, from 0 to less than 1")
-    if settings.until not in (*settings.kinds, "sft", "rlvr"):
+    if settings.until == "layers" and not settings.layers_share:
         raise InputError(f"--until {settings.until}: with --layers-share 0 there is no such stage")
     for part in settings.overrides:
         if part not in PARTS:

@@ -189,7 +189,7 @@ def forecast(
         rates = {name: 1.0 for name in left}
         for name in working:
             loads = [sum(known[other].load for other in card.steps if other in working) for card in place[name]]
-            rates[name] = 1 / max(1.0, *loads, 0.0)
+            rates[name] = 1 / max([1.0, *loads])
         passed = min((starting[name] if name not in working else left[name]) / rates[name] for name in left)
         now += passed
         for name in list(left):

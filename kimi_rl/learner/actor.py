@@ -46,7 +46,9 @@ class Learner:
                 run(context)
                 steps, evaluates = context.stage.steps, context.stage.eval is not None
                 figures = asdict(context.evaluate(steps, steps, "after")) if evaluates else {}
-            model = context.save_final() if job.place.leads else None
+            if not job.place.leads:
+                return {}
+            model = context.save_final()
         finally:
             context.close()
         return {

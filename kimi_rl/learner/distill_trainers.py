@@ -96,7 +96,7 @@ class DistillTrainer(CheckpointNames, Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = self.learn_row(model, inputs)
-        if self.group.size > 1 and self.accelerator.sync_gradients:  # the last row of a step
+        if self.accelerator.sync_gradients:  # the last row of a step
             self.group.average([p.grad for p in self.model.parameters() if p.grad is not None])
         return loss
 

@@ -27,8 +27,8 @@ from kimi_rl.model.source import is_source, load_source, load_source_tokenizer
 from kimi_rl.recipe import DistillStage, Recipe, RLVRStage, SFTStage
 from kimi_rl.rewards import VerifierPool
 from kimi_rl.rollout.pool import RolloutPool, pool_settings
-from kimi_rl.rollout.replicas import one_worker, probe_in_ray, settle_workers, usable_cores
-from kimi_rl.run_dir import RunDir
+from kimi_rl.rollout.replicas import one_worker, probe_in_ray, settle_workers
+from kimi_rl.run_dir import RunDir, usable_cores
 from kimi_rl.seeds import derive_seed
 from kimi_rl.tokenizer import prompt_ids
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -142,7 +141,3 @@ def probe_in_ray(pool_settings: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(error.cause, InputError):
             raise error.cause from None
         raise
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
