@@ -472,7 +472,7 @@ def learner(
     vocabulary: Annotated[int, typer.Option(min=512)] = 32768,
     groups: Annotated[int, typer.Option(min=1, help="Prompts in the batch.")] = 8,
     group_size: Annotated[int, typer.Option(min=2, help="Completions a prompt.")] = 16,
-    micro_batch_size: Annotated[int, typer.Option(min=1, help="Completions a forward.")] = 16,
+    micro_batch_size: Annotated[int, typer.Option(min=1, help="Completions a micro-batch.")] = 16,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Mean length of a prompt.")] = 100,
     mean: Annotated[float, typer.Option(min=1, help="Mean length of a completion (log-normal).")] = 300,
     longest: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 2048,

@@ -362,7 +362,7 @@ class RLVRStage(Section):
     )
     dynamic_sampling: DynamicSampling | None = None
     updates_per_step: Positive = Field(1, description="Optimizer steps per rollout batch; `update_control` moves it.")
-    micro_batch_size: Positive | None = Field(None, description="Completions per forward; unset: one update's share.")
+    micro_batch_size: Positive | None = Field(None, description="Completions per micro-batch; unset: an update's.")
     learning_rate: float = Field(1e-4, gt=0)
     warmup_steps: NonNegative = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -392,7 +392,7 @@ class RLVRStage(Section):
         description="`packed`: no padding in the learner; `shared_prompt`: nor a group's prompt run more than once; "
         "`off`: padded batches; `auto`: `packed`. See docs/packing.md.",
     )
-    pack_tokens: Positive = Field(16384, description="Tokens of one pack; bounds the learner's memory.")
+    pack_tokens: Positive = Field(16384, description="Tokens of one forward and backward; bounds memory.")
     importance_sampling: ImportanceSampling = Field(default_factory=ImportanceSampling)
     mismatch: MismatchGate = Field(default_factory=MismatchGate)
     rollout: RolloutSection = Field(default_factory=RolloutSection)

@@ -103,6 +103,9 @@ def test_the_k15_objective_trains(step):
     # Micro-batches add up to the whole batch, padded ones to a packed one: the same first gradient.
     (halves,) = step(loss_type="k15", tau=0.5, micro_batch_size=4, packing="off")
     assert halves["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+    (cut,) = step(loss_type="k15", tau=0.5, pack_tokens=60)
+    assert cut["grad_norm"] == pytest.approx(rows[0]["grad_norm"], rel=1e-3)
+    assert cut["loss"] == pytest.approx(rows[0]["loss"], rel=1e-3, abs=1e-6)
 
 
 def test_kl_penalty_against_the_starting_model(step):

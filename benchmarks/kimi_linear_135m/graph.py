@@ -201,10 +201,10 @@ class Planner:
         return steps
 
     def _source_waits_for(self) -> tuple[str, ...]:
-        """With a card for every run there is room beside the runs for what the source is measured by; with fewer only
-        before them."""
+        """With a card for every run, or one left over where there are none, there is room after distillation for what
+        the source is measured by; with fewer only before."""
         s = self.settings
-        waits = s.reaches("sft") and len(s.cards) >= len(s.arms) * len(s.seeds)
+        waits = len(s.cards) >= (len(s.arms) * len(s.seeds) if s.reaches("sft") else len(s.arms) + 1)
         return tuple(f"logits_{arm}" for arm in s.arms) if waits else ()
 
     @property

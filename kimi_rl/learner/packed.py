@@ -2,13 +2,15 @@
 
 Old policy, reference and policy all get their log-probs from `_get_per_token_logps_and_entropies`, so the three run the
 same kernels. TRL's own method forwards the padded batch; this one takes the padding out, packs what is left, and puts
-the scores back where TRL expects them.
+the scores back where TRL expects them. A loss over several packs has its backward pack by pack.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,14 +39,30 @@ class PackingSettings:
         return cls("packed" if packing == "auto" else packing, tokens)
 
 
+@dataclass
+class _Turns:
+    """The packs of a loss, run one at a time.
+
+    groups: the samples of each, None for a pack without any. logps, entropies float32 [B, C]: what is known so far, and
+    something in place of the rest. number: whose turn it is.
+    """
+
+    groups: list[list[Sample] | None]
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    number: int = 0
+
+
 class PackedLogps:
     """Trainer mixin, to stand before `GRPOTrainer`. Set `packing` before the trainer's own `__init__` runs.
 
-    A forward that needs several packs and records gradients keeps the activations of none of them and computes each
-    pack again in the backward: the token budget then bounds memory, at the price of one more forward.
+    The token budget of a pack bounds memory: of a loss's packs, each has its forward and its backward before the next
+    one is run. Elsewhere (`_separable`), a forward that needs several packs and records gradients keeps the activations
+    of none of them and computes each pack again in the backward, at the price of one more forward.
     """
 
     packing = PackingSettings("off", 0)
+    _turns: _Turns | None = None  # while a loss is computed pack by pack
     # Of each micro-batch its tensors, and its ids and mask on the host; and the latter of the one whose loss is next.
     _copies: Sequence[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]] = ()
     _copied: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -87,6 +105,70 @@ class PackedLogps:
         finally:
             self._copied = None
 
+    def policy_loss(self, model, inputs) -> torch.Tensor:
+        """The loss of a micro-batch, for which log-probs are asked once: TRL's. To be overridden instead of
+        `_compute_loss` by a loss of one's own that is a sum over samples."""
+        return super()._compute_loss(model, inputs)
+
+    def _compute_loss(self, model, inputs) -> torch.Tensor:
+        """`policy_loss`, whose gradients through all packs but the last have been taken when it returns.
+
+        A sum over samples has, by the log-probs of one pack, the same gradient whatever the others' are. So the loss is
+        computed once a pack: with gradients through this pack's log-probs, and with what is known, or the old
+        policy's, in place of the others'. The last time all are known, and that is the loss which is recorded.
+        """
+        if self.packing.mode == "off" or not torch.is_grad_enabled() or not self._separable:
+            return self.policy_loss(model, inputs)
+        mask = inputs["completion_mask"]
+        known = inputs.get("old_per_token_logps")
+        known = torch.zeros_like(mask, dtype=torch.float32) if known is None else known
+        self._turns = turns = _Turns(self._planned_of(inputs) or [None], known, torch.zeros_like(known))
+        try:
+            while turns.number < len(turns.groups) - 1:
+                with self._unrecorded():
+                    loss = self.policy_loss(model, inputs)
+                self.accelerator.backward(loss)
+                turns.number += 1
+            return self.policy_loss(model, inputs)
+        finally:
+            self._turns = None
+
+    @property
+    def _separable(self) -> bool:
+        """Whether the loss is a sum over samples, and a second call of it changes nothing but metrics.
+
+        Not with a router's balancing loss, tokens chosen by the entropies of all, or TRL's entropy bonus, which counts.
+        """
+        return not self.aux_loss_enabled and self.top_entropy_quantile >= 1 and not self._entropy_bonus_enabled
+
+    @contextlib.contextmanager
+    def _unrecorded(self) -> Iterator[None]:
+        """What TRL's loss adds to its metrics meanwhile is dropped."""
+        kept, self._metrics = self._metrics, {mode: defaultdict(list) for mode in self._metrics}
+        try:
+            yield
+        finally:
+            self._metrics = kept
+
+    def _planned_of(self, inputs: dict[str, Any]) -> list[list[Sample]]:
+        """The samples of each pack of a micro-batch."""
+        ids, mask = (
+            torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
+        )
+        return self._planned(ids, mask, inputs["completion_ids"].size(1))
+
+    def _in_turn(self, model, turns: _Turns, with_entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Log-probs and entropies [B, C] of all samples, with gradients through those of the pack whose turn it is."""
+        packed = self._pack(turns.groups[turns.number], turns.logps.device)
+        logps, entropies = self._score(model, with_entropy, packed)
+        places = packed.rows, packed.columns
+        logps = turns.logps.index_put(places, logps)
+        turns.logps = logps.detach()
+        if entropies is not None:
+            entropies = turns.entropies.index_put(places, entropies)
+            turns.entropies = entropies.detach()
+        return logps, entropies
+
     def _get_per_token_logps_and_entropies(
         self,
         model,
@@ -113,6 +195,8 @@ class PackedLogps:
                 compute_aux_loss=compute_aux_loss,
                 **images,
             )
+        if self._turns is not None:
+            return *self._in_turn(model, self._turns, compute_entropy), None
         groups = self._planned(input_ids, attention_mask, logits_to_keep)
         again = torch.is_grad_enabled() and len(groups) > 1
         run = functools.partial(self._score, model, compute_entropy)

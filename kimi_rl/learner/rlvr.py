@@ -278,11 +278,15 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
         model.zero_grad()
         gradients._set_sync_gradients(before)
 
-    def _compute_loss(self, model, inputs):
-        """TRL's loss, or K1.5's where the recipe says so; plus the supervised term, once per optimizer step."""
-        policy = self._k15_loss(model, inputs) if self.rlvr.loss_type == "k15" else super()._compute_loss(model, inputs)
+    def policy_loss(self, model, inputs):
+        """TRL's loss, or K1.5's where the recipe says so."""
+        loss = self._k15_loss(model, inputs) if self.rlvr.loss_type == "k15" else super().policy_loss(model, inputs)
         # TRL averages over all micro-batches of a rollout batch; an optimizer step averages over those of its part.
-        loss = policy * self.controllers.updates
+        return loss * self.controllers.updates
+
+    def _compute_loss(self, model, inputs):
+        """The policy's loss; plus the supervised term, once per optimizer step."""
+        loss = super()._compute_loss(model, inputs)
         part = self.args.steps_per_generation // self.controllers.updates
         if self.ptx is not None and self._step % part == 0:
             loss = loss + self.rlvr.ptx.weight * self._ptx_loss(model)
