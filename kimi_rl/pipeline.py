@@ -18,7 +18,7 @@ from kimi_rl.progress import ProgressView, follow
 from kimi_rl.recipe import DistillStage, ModelSection, Recipe, RLVRStage, SFTStage
 from kimi_rl.recipe_load import dump_recipe
 from kimi_rl.report import write_report
-from kimi_rl.run_dir import RunDir, describe_environment, gpu_names, only_one
+from kimi_rl.run_dir import RunDir, describe_environment, gpu_names, only_one, usable_cores
 
 
 def train(
@@ -179,8 +179,11 @@ def local_ray(kernel_cache: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    address = os.environ.get("RAY_ADDRESS")
     ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
+        address=address,
+        # Actors ask for no CPU. Ray starts an idle process for each that it has, on a large machine more than help.
+        num_cpus=None if address else min(8, usable_cores()),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",

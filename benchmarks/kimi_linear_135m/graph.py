@@ -28,6 +28,8 @@ PARTS = ("distill", "source", "run")  # recipes that overrides name
 SETS = ("gsm8k", "svamp", "math500")
 
 START_S = 60.0  # a training process: imports, Ray, data, model
+DISTILL_START_S = 110.0  # one that distils: a second model, more texts, held-out figures, a group of learners that meet
+MEETING = 1.1  # a step of several learners, which wait for each other's gradients, over a step of one
 ENGINE_S = 80.0  # a process with a vLLM engine
 SLACK = 0.05  # of a call's time, left over by the plan
 RESULTS_S = 40.0  # for results.json and the comparison, at the end
@@ -96,7 +98,7 @@ def worker(*words: object) -> list[str]:
 
 def distill_seconds(spent: float) -> float:
     """Of a distill stage whose steps take `spent`: its start, and held-out figures and checkpoints on the way."""
-    return START_S + 10 + 1.05 * spent
+    return DISTILL_START_S + 1.05 * spent
 
 
 # --- recipes ----------------------------------------------------------------------------------------------------
@@ -233,8 +235,8 @@ class Planner:
         if kind == "logits":  # all arms are to have got here, so that they get equally many steps
             after += tuple(f"{before}_{other}" for other in s.arms)
             after += tuple(f"sample_{part}" for part in range(self.sample_parts))
-        step = Step(name, [], self._distill_seconds(kind), (f"{before}_{arm}",), after, load=1.0, start_s=START_S,
-                    cards=s.learners, gib=PEAK_GIB[kind], threads=s.threads,
+        step = Step(name, [], self._distill_seconds(kind), (f"{before}_{arm}",), after, load=1.0,
+                    start_s=DISTILL_START_S, cards=s.learners, gib=PEAK_GIB[kind], threads=s.threads,
                     makes=f"runs/{name}/model/config.json")  # fmt: skip
         step.settle = lambda step: self._settle_distill(step, kind, arm)
         return step
@@ -346,8 +348,9 @@ class Planner:
             probe = json.loads(file.read_text()).get(kind) if file.is_file() else None
             found += [probe] if probe else []
         peaks = [probe["peak_gib"] for probe in found if probe["peak_gib"]]
+        slower = MEETING if self.settings.learners > 1 else 1.0
         return {
-            "step_s": max((probe["step_s"] for probe in found), default=STEP_S[kind]),
+            "step_s": slower * max((probe["step_s"] for probe in found), default=STEP_S[kind]),
             "rows": self.settings.learners,  # that a step has of the recipe's steps, one for each card
             "pack_tokens": min((probe["pack_tokens"] for probe in found), default=stages[0].pack_tokens),
             "gib": 1.1 * max(peaks) + 2 if peaks else PEAK_GIB[kind],

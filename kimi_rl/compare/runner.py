@@ -131,13 +131,15 @@ def make_runs(
 
 
 class _Slots:
-    """Slot actors. Several have a placement group each, of a card or a part of one where there are any; one alone may
-    use all."""
+    """Slot actors. Where there are cards, several have a placement group each, of a card or a part of one; one alone
+    may use all."""
 
     def __init__(self, count: int):
         cards = int(ray.cluster_resources().get("GPU", 0))
-        bundle = {"GPU": part(1 / -(-count // cards))} if cards else {"CPU": 1.0}
-        self._groups = [placement_group([bundle]) if count > 1 else None for _ in range(count)]
+        grouped = cards and count > 1
+        self._groups = [
+            placement_group([{"GPU": part(1 / -(-count // cards))}]) if grouped else None for _ in range(count)
+        ]
         self._actors = [self._start(group) for group in self._groups]
 
     def _start(self, group: Any) -> Any:
