@@ -3,12 +3,13 @@
 import threading
 from multiprocessing import Pipe
 
+import numpy as np
 import pytest
 from runs import run_inside
 
 from kimi_rl.bench import rollout
 from kimi_rl.bench.rollout_arm import _serve
-from kimi_rl.bench.rollout_beside import OFF, side_by_side, tokens_needed
+from kimi_rl.bench.rollout_beside import OFF, ratio_interval, side_by_side, tokens_needed
 from kimi_rl.bench.rollout_model import BLOCK, cache_bytes
 from kimi_rl.model.cost import sequence_bytes
 from kimi_rl.model.presets import build_config
@@ -74,6 +75,8 @@ def test_windows_of_two_models_alternate():
     assert first["tokens_per_s"] == pytest.approx(64 / 0.003) and first["gpu_s"] == 0.5  # the median of both engines
     assert first["seconds"] == [[0.2, 0.2], [0.4, 0.4]] and first["ratio_to_first"] == 1.0
     assert other["ratio_to_first"] == pytest.approx(3.0)
+    low, high = other["ratio_to_first_interval"]
+    assert low < 3.0 < high and first["together_ratio_to_first_interval"][0] <= 1.0
     assert other["without"]["step_s"] == pytest.approx(0.01)
     assert first["together"]["tokens_per_s"] == pytest.approx(64 / 0.004 + 64 / 0.008)
     assert other["together_ratio_to_first"] == pytest.approx(2 * 64 / 0.002 / (64 / 0.004 + 64 / 0.008))
@@ -132,3 +135,13 @@ def test_an_engine_that_cannot_start_says_why():
 def test_bad_input(arguments, expected):
     done = run_inside("bench", "rollout", *arguments)
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_interval_of_a_ratio_holds_it_as_often_as_it_says():
+    draw = np.random.default_rng(5)
+    hits = 0
+    for _ in range(200):
+        ours, theirs = draw.normal(1.1, 0.2, 24), draw.normal(1.0, 0.2, 24)
+        low, high = ratio_interval(ours.tolist(), theirs.tolist(), resamples=400)
+        hits += low <= 1.1 <= high
+    assert 180 <= hits <= 200

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from kimi_rl.bench.decode import timed_folder
@@ -43,8 +44,9 @@ def bench_beside(
         `rows`, per batch size and model: `tokens_per_s` and `step_s` of an engine that has the device to itself (the
         median of all windows of all the model's engines), each engine's `seconds`, `gpu_s` in which the card works in a
         step, the same without `OFF` (`without`), `together`: tokens/s of all the model's engines at once; and
-        `ratio_to_first`, `together_ratio_to_first` (below 1: slower than the first model). `host`: the Python functions
-        that take most of a step of its first engine.
+        `ratio_to_first`, `together_ratio_to_first` (below 1: slower than the first model), each with an `..._interval`:
+        what 95 % of resamplings of the windows give. `host`: the Python functions that take most of a step of its first
+        engine.
     """
     tokens = tokens_needed(steps, windows)
     begun = time.perf_counter()
@@ -130,10 +132,26 @@ def side_by_side(
             row["gpu_s"] = arms[name][0].do("timed", steps=1, windows=0, gpu=True)["gpu_s"]
         row["host"] = arms[name][0].do("host_profile", steps=_PROFILED)
         rows.append(row)
-    for row in rows:
-        row["ratio_to_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
-        row["together_ratio_to_first"] = row["together"]["tokens_per_s"] / rows[0]["together"]["tokens_per_s"]
+    compare_to_first(rows)
     return rows
+
+
+def compare_to_first(rows: list[dict[str, Any]]) -> None:
+    """Add how fast each model is as a multiple of the first one."""
+    speeds = [[1 / seconds for engine in row["seconds"] for seconds in engine] for row in rows]
+    together = [row["together"]["windows"] for row in rows]
+    for row, own, all_own in zip(rows, speeds, together, strict=True):
+        row["ratio_to_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
+        row["ratio_to_first_interval"] = ratio_interval(own, speeds[0])
+        row["together_ratio_to_first"] = row["together"]["tokens_per_s"] / rows[0]["together"]["tokens_per_s"]
+        row["together_ratio_to_first_interval"] = ratio_interval(all_own, together[0])
+
+
+def ratio_interval(ours: Sequence[float], theirs: Sequence[float], resamples: int = 10_000) -> list[float]:
+    """Bootstrap interval, 95 %, of the median of `ours` over the median of `theirs`."""
+    draw = np.random.default_rng(0)
+    drawn = [np.median(draw.choice(values, (resamples, len(values))), axis=1) for values in (ours, theirs)]
+    return np.quantile(drawn[0] / drawn[1], [0.025, 0.975]).tolist()
 
 
 def _speed(seconds: Sequence[Sequence[float]], size: int, steps: int) -> dict[str, Any]:
