@@ -56,6 +56,7 @@ def answers(tmp_path_factory):
     model = KimiLinearForCausalLM(build_config(ModelSection(arch="hybrid", size="base"), vocab_size=4096, **ids))
     folder = save_model(model, None, root / "model")
     known = {}
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
     def answer(switch, mode):
         if (switch, mode) not in known:
@@ -63,7 +64,7 @@ def answers(tmp_path_factory):
             run = subprocess.run(
                 [sys.executable, "-c", textwrap.dedent(ENGINE), str(folder), str(result), mode],
                 cwd=ROOT,
-                env=os.environ | {KDA_STEP: switch, "PYTHONPATH": str(ROOT), "VLLM_CACHE_ROOT": str(root / "cache")},
+                env=os.environ | {KDA_STEP: switch, "VLLM_CACHE_ROOT": str(root / "cache"), **path},
                 capture_output=True,
                 text=True,
                 timeout=500,
