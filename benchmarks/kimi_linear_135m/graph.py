@@ -253,7 +253,7 @@ class Planner:
                 folder, name = run_folder(arm, seed), f"{'sft' if stopping else 'run'}_{arm}_{seed}"
                 tuned = f"{folder}/stages/0_sft/model"
                 made = f"{tuned if stopping else folder + '/model'}/config.json"
-                step = Step(name, [], START_S + 110 + (0 if stopping else 380), (f"logits_{arm}",), load=0.5,
+                step = Step(name, [], START_S + 110 + (0 if stopping else 460), (f"logits_{arm}",), load=0.5,
                             start_s=START_S, gib=30, threads=s.threads, makes=made)  # fmt: skip
                 step.settle = lambda step, arm=arm, seed=seed, folder=folder: self._settle_train(
                     step, run_recipe(s, arm, seed), folder, *(["--until", "sft"] if stopping else [])
