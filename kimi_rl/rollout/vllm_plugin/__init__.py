@@ -48,7 +48,7 @@ def register() -> None:
 
 
 def kda_step_wanted() -> bool:
-    """Off unless asked for, until it has been measured on a card."""
+    """Off unless asked for, until its tokens have been compared with vLLM's own on a card."""
     return os.environ.get(KDA_STEP, "0") == "1"
 
 
