@@ -4,15 +4,13 @@ import tempfile
 
 import pytest
 import torch
-from datasets import Dataset
 
-from kimi_rl.bench.learner import BenchTrainer, make_batch
+from kimi_rl.bench.learner import BenchTrainer, make_batch, make_trainer, memory_of
 from kimi_rl.learner.packed import PackingSettings
-from kimi_rl.learner.trl_trainers import GRPOConfig
+from kimi_rl.learner.packing import whole_rows
 from kimi_rl.model.modeling import KimiLinearForCausalLM
 from kimi_rl.model.presets import bare_config
-from kimi_rl.recipe import ModelSection, TokenizerSection
-from kimi_rl.tokenizer import build_tokenizer
+from kimi_rl.recipe import ModelSection
 
 LOSSES = [(name, "token") for name in ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "luspo", "sapo", "vespo")]
 LOSSES += [("grpo", "sequence"), ("luspo", "sequence")]
@@ -20,24 +18,13 @@ WHOLE, FEW = 10_000, 60  # tokens of a pack: all rows in one, or some
 
 
 @pytest.fixture(scope="module")
-def make_trainer():
+def trainer_of():
     torch.manual_seed(0)
     model = KimiLinearForCausalLM(bare_config(ModelSection(size="tiny", arch="hybrid", mlp="dense"), 512))
 
     def make(**options):
         with tempfile.TemporaryDirectory() as folder:
-            args = GRPOConfig(
-                output_dir=folder, max_steps=1, per_device_train_batch_size=12, gradient_accumulation_steps=1,
-                steps_per_generation=1, num_generations=4, max_completion_length=40, use_cpu=True, bf16=False,
-                gradient_checkpointing=False, report_to="none", disable_tqdm=True, **options,
-            )  # fmt: skip
-            trainer = BenchTrainer(
-                model=model, args=args, processing_class=build_tokenizer(TokenizerSection(), []),
-                reward_funcs=lambda completions, **_: [0.0] * len(completions),
-                train_dataset=Dataset.from_list([{"prompt": "unused"}]),
-            )  # fmt: skip
-        trainer.current_gradient_accumulation_steps = 1  # TRL's training loop sets it
-        return trainer
+            return make_trainer(BenchTrainer, model, folder, 1, 12, 4, "cpu", max_completion_length=40, **options)
 
     return make
 
@@ -70,12 +57,12 @@ def outcome(trainer, mode, tokens):
 
 @pytest.mark.parametrize("mode", ["packed", "shared_prompt"])
 @pytest.mark.parametrize("loss_type, level", LOSSES)
-def test_many_packs_give_what_one_gives(make_trainer, loss_type, level, mode):
-    trainer = make_trainer(loss_type=loss_type, importance_sampling_level=level)
+def test_many_packs_give_what_one_gives(trainer_of, loss_type, level, mode):
+    trainer = trainer_of(loss_type=loss_type, importance_sampling_level=level)
     trainer.beta = 0.1
     loss, gradient, metrics, runs = outcome(trainer, mode, WHOLE)
     again = outcome(trainer, mode, FEW)
-    packs = trainer._planned_of(inputs())
+    packs = trainer._planned(*whole_rows(inputs()))
     assert runs == 1 and again[3] == len(packs) > 2, "each pack runs once, none a second time for its backward"
     assert again[0] == pytest.approx(loss, rel=1e-4)
     assert float((again[1] - gradient).norm() / gradient.norm()) < 1e-4
@@ -84,9 +71,9 @@ def test_many_packs_give_what_one_gives(make_trainer, loss_type, level, mode):
         assert again[2][name] == pytest.approx(values, rel=1e-3, abs=1e-6, nan_ok=True), name
 
 
-def test_a_loss_that_is_no_sum_over_samples_keeps_its_packs_together(make_trainer, monkeypatch):
+def test_a_loss_that_is_no_sum_over_samples_keeps_its_packs_together(trainer_of, monkeypatch):
     """The tokens of the highest entropy are those of all samples: a pack alone would choose others."""
-    trainer = make_trainer(loss_type="dapo", top_entropy_quantile=0.4)
+    trainer = trainer_of(loss_type="dapo", top_entropy_quantile=0.4)
     whole = outcome(trainer, "packed", WHOLE)
     many = outcome(trainer, "packed", FEW)
     assert many[3] > whole[3] == 1
@@ -97,26 +84,12 @@ def test_a_loss_that_is_no_sum_over_samples_keeps_its_packs_together(make_traine
     assert float((wrong[1] - whole[1]).norm() / whole[1].norm()) > 1e-2
 
 
-def test_activations_of_one_pack_at_a_time(make_trainer):
-    trainer = make_trainer(loss_type="dapo")
+def test_activations_of_one_pack_at_a_time(trainer_of):
+    trainer = trainer_of(loss_type="dapo")
 
     def most_kept(tokens):
-        trainer.packing, most, now = PackingSettings("packed", tokens), 0, 0
-        weights = {p.untyped_storage().data_ptr() for p in trainer.model.parameters()}
-
-        def keep(tensor):
-            nonlocal most, now
-            now += tensor.nbytes if tensor.untyped_storage().data_ptr() not in weights else 0
-            most = max(most, now)
-            return tensor
-
-        def use(tensor):
-            nonlocal now
-            now = 0  # a backward has begun: nothing more is kept for it
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, use):
-            trainer.accelerator.backward(trainer.compute_loss(trainer.model, inputs()))
-        return most
+        trainer.packing = PackingSettings("packed", tokens)
+        step = lambda: trainer.accelerator.backward(trainer.compute_loss(trainer.model, inputs()))  # noqa: E731
+        return memory_of(step, trainer.model, "cpu")[0]
 
     assert most_kept(FEW) < 0.4 * most_kept(WHOLE)

@@ -20,7 +20,7 @@ from kimi_rl.card_work import card_work
 from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.kernels.dispatch import fla_installed
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
-from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad
+from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad, whole_rows
 from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer
 from kimi_rl.model.flops import forward_cost
 from kimi_rl.model.modeling import KimiLinearForCausalLM
@@ -229,7 +229,7 @@ def _timed(
     count, rows = len(batches[names[0]]), len(batches[names[0]][0]["prompt_ids"])
     found: dict[str, _Timing] = {}
     with tempfile.TemporaryDirectory() as folder:
-        trainer = _trainer(trainer_class, model, folder, count, rows, group_size, device)
+        trainer = make_trainer(trainer_class, model, folder, count, rows, group_size, device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
 
         def step(name: str) -> float:
@@ -247,11 +247,11 @@ def _timed(
             return float(norm)
 
         for name in names:  # untimed: compiles, fills caches, makes the optimizer's state, and measures memory
-            first, (memory, norm) = _clocked(lambda name=name: _memory(lambda: step(name), model, device), device)
+            first, (memory, norm) = _clocked(lambda name=name: memory_of(lambda: step(name), model, device), device)
             found[name] = _Timing(first, memory, norm)
         if device == "cuda":  # again, with the optimizer's state in place on every path
             for name in names:
-                found[name].memory, _ = _memory(lambda name=name: step(name), model, device)
+                found[name].memory, _ = memory_of(lambda name=name: step(name), model, device)
         for _ in range(steps):
             for name in names:
                 found[name].seconds.append(_clocked(lambda name=name: step(name), device)[0])
@@ -277,14 +277,13 @@ def _ratios(costs: dict[str, float]) -> dict[str, float]:
 
 
 def _samples(part: dict[str, torch.Tensor]):
-    return unpad(
-        torch.cat([part["prompt_ids"], part["completion_ids"]], dim=1),
-        torch.cat([part["prompt_mask"], part["completion_mask"]], dim=1),
-        part["completion_ids"].shape[1],
-    )
+    return unpad(*whole_rows(part))
 
 
-def _trainer(kind: type, model, folder: str, micro_batches: int, rows: int, group_size: int, device: str) -> Any:
+def make_trainer(
+    kind: type, model, folder: str, micro_batches: int, rows: int, group_size: int, device: str, **options: Any
+) -> Any:
+    """A trainer of this kind that is fed ready micro-batches; `options` are GRPOConfig's."""
     args = GRPOConfig(
         output_dir=folder,
         max_steps=1,
@@ -292,7 +291,6 @@ def _trainer(kind: type, model, folder: str, micro_batches: int, rows: int, grou
         gradient_accumulation_steps=micro_batches,
         steps_per_generation=micro_batches,
         num_generations=group_size,
-        loss_type="dapo",
         beta=0.0,
         cast_lm_head_to_fp32=kind is BenchTrainer and device == "cuda",  # as our stage does; TRL's default is not
         gradient_checkpointing=False,
@@ -300,6 +298,7 @@ def _trainer(kind: type, model, folder: str, micro_batches: int, rows: int, grou
         bf16=device == "cuda",
         report_to="none",
         disable_tqdm=True,
+        **({"loss_type": "dapo"} | options),
     )
     trainer = kind(
         model=model,
@@ -312,7 +311,7 @@ def _trainer(kind: type, model, folder: str, micro_batches: int, rows: int, grou
     return trainer
 
 
-def _memory(step: Callable[[], float], model: torch.nn.Module, device: str) -> tuple[int, float]:
+def memory_of(step: Callable[[], float], model: torch.nn.Module, device: str) -> tuple[int, float]:
     """Memory of one step (see `bench_learner`), and what the step returns."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -136,10 +136,8 @@ class _Slots:
 
     def __init__(self, count: int):
         cards = int(ray.cluster_resources().get("GPU", 0))
-        grouped = cards and count > 1
-        self._groups = [
-            placement_group([{"GPU": part(1 / -(-count // cards))}]) if grouped else None for _ in range(count)
-        ]
+        bundle = {"GPU": part(1 / -(-count // cards))} if cards and count > 1 else None
+        self._groups = [placement_group([bundle]) if bundle else None for _ in range(count)]
         self._actors = [self._start(group) for group in self._groups]
 
     def _start(self, group: Any) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from kimi_rl.learner.packing import Pack, Sample, pack, plan, regroup, scatter, unpad
+from kimi_rl.learner.packing import Pack, Sample, pack, plan, regroup, scatter, unpad, whole_rows
 from kimi_rl.model.flops import ForwardCost, forward_cost
 
 Packing = Literal["auto", "off", "packed", "shared_prompt"]
@@ -91,10 +91,8 @@ class PackedLogps:
         """
         self._copies = []
         for part in micro_batches:
-            tensors = [part[name] for name in _PADDED]
-            prompts, completions, prompt_mask, mask = (tensor.cpu() for tensor in tensors)
-            ids = torch.cat([prompts, completions], dim=1)
-            self._copies.append((tensors, ids, torch.cat([prompt_mask, mask], dim=1)))
+            ids, mask, _ = whole_rows({name: part[name].cpu() for name in _PADDED})
+            self._copies.append(([part[name] for name in _PADDED], ids, mask))
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
         for tensors, ids, mask in self._copies:
@@ -119,10 +117,11 @@ class PackedLogps:
         """
         if self.packing.mode == "off" or not torch.is_grad_enabled() or not self._separable:
             return self.policy_loss(model, inputs)
-        mask = inputs["completion_mask"]
         known = inputs.get("old_per_token_logps")
-        known = torch.zeros_like(mask, dtype=torch.float32) if known is None else known
-        self._turns = turns = _Turns(self._planned_of(inputs) or [None], known, torch.zeros_like(known))
+        if known is None:
+            known = torch.zeros_like(inputs["completion_mask"], dtype=torch.float32)
+        groups = self._planned(*whole_rows(inputs)) or [None]
+        self._turns = turns = _Turns(groups, known, torch.zeros_like(known))
         try:
             while turns.number < len(turns.groups) - 1:
                 with self._unrecorded():
@@ -149,13 +148,6 @@ class PackedLogps:
             yield
         finally:
             self._metrics = kept
-
-    def _planned_of(self, inputs: dict[str, Any]) -> list[list[Sample]]:
-        """The samples of each pack of a micro-batch."""
-        ids, mask = (
-            torch.cat([inputs[f"prompt_{kind}"], inputs[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask")
-        )
-        return self._planned(ids, mask, inputs["completion_ids"].size(1))
 
     def _in_turn(self, model, turns: _Turns, with_entropy: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probs and entropies [B, C] of all samples, with gradients through those of the pack whose turn it is."""

@@ -67,6 +67,13 @@ def packed_states(model: KimiLinearForCausalLM, pack: Pack) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
+def whole_rows(batch: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Token ids and mask [B, T] of a batch as TRL's trainer holds it, prompts before completions, and the completions'
+    width."""
+    ids, mask = (torch.cat([batch[f"prompt_{kind}"], batch[f"completion_{kind}"]], dim=1) for kind in ("ids", "mask"))
+    return ids, mask, batch["completion_ids"].size(1)
+
+
 def unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int) -> list[Sample]:
     """Rows of a padded batch whose completion has any token; the others have nothing to score.
 

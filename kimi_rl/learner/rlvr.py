@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from kimi_rl.learner.controllers import Controllers
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
+from kimi_rl.learner.packing import whole_rows
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.reward import RecipeReward
 from kimi_rl.learner.stage import CheckpointNames, StageContext
@@ -307,10 +308,7 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
         return loss / self.current_gradient_accumulation_steps
 
     def _logps(self, model, inputs, **kwargs: Any):
-        mask = inputs["completion_mask"]
-        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
-        whole = torch.cat([inputs["prompt_mask"], mask], dim=1)
-        return self._get_per_token_logps_and_entropies(model, ids, whole, mask.size(1), **kwargs)
+        return self._get_per_token_logps_and_entropies(model, *whole_rows(inputs), **kwargs)
 
     def _ptx_loss(self, model) -> torch.Tensor:
         device = self.accelerator.device
