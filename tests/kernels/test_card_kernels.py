@@ -159,19 +159,20 @@ CASES = {
             ours, plain = of(distill_loss_triton, narrow), of(distill_loss_torch, narrow)
             for a, b in zip(ours, plain, strict=True):
                 assert a.dtype == b.dtype and float((a - b).norm()) <= 0.01 * float(b.norm())
-        large = [(1e4 * draw(4, 8)).detach().requires_grad_(), draw(50, 8)]  # far apart: most of a softmax is 0
+        # Far apart, most of a softmax is 0. Logits of 1e4 are rounded to about 1e-3: two that chance to lie near each
+        # other give a softmax, and so everything after it, known no better than that.
+        off = lambda a, b: float((a - b).norm() / b.norm())
+        large = [(1e4 * draw(4, 8)).detach().requires_grad_(), draw(50, 8)]
         teacher, labels = (torch.randn(4, 8) * 1e3, torch.randn(50, 8)), torch.zeros(4, dtype=torch.long)
         for a, b in zip(of(distill_loss_triton, large), of(distill_loss_reference, large), strict=True):
-            assert bool(torch.isfinite(a).all())
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+            assert bool(torch.isfinite(a).all()) and off(a, b) < 0.01
         half = [large[0], large[1].detach()]
         grads = [torch.autograd.grad(form(*half, *teacher, labels)[0], half[:1])[0]
                  for form in (distill_loss_triton, distill_loss_reference)]
-        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+        assert off(*grads) < 0.01
         with torch.no_grad():  # the parts alone
             both = [form(*half, *teacher, labels) for form in (distill_loss_triton, distill_loss_reference)]
-            for a, b in zip(*both, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+            assert max(off(a, b) for a, b in zip(*both, strict=True)) < 0.01
     """,
     "relative_error": """
         from kimi_rl.kernels.relative_error import relative_error_reference, triton_error
@@ -188,6 +189,7 @@ CASES = {
     """,
     "model": """
         import random
+        import re
         from kimi_rl.kernels import kda_gate, logprob, rms_norm, short_conv, swiglu
         from kimi_rl.model import modeling
         from test_packed_logps import batch, make_model, packed_scores
@@ -208,12 +210,20 @@ CASES = {
             return "fla"
         for module in (kda_gate, logprob, rms_norm, short_conv, swiglu, modeling):
             module.choose = choose
-        for autocast, tolerance in ((False, 1e-4), (True, 0.25)):  # in bf16 the plain forms round more often
-            errors = []
-            for a, b in zip(scores(autocast), plain[autocast], strict=True):
-                assert a.dtype == b.dtype
-                errors.append(float((a - b).norm() / b.norm()))
-            assert errors[0] < tolerance / 10 and max(errors) < tolerance, (autocast, errors)
+        ours = {autocast: scores(autocast) for autocast in (False, True)}
+        for autocast in ours:
+            assert [x.dtype for x in ours[autocast]] == [x.dtype for x in plain[autocast]]
+        for a, b in zip(ours[False], plain[False], strict=True):
+            assert float((a - b).norm() / b.norm()) < 1e-4
+        # In bf16 all forms round. A gradient whose terms cancel (A_log of a layer: four numbers) can be far from
+        # fp32 by chance, so the layers count together, and the yardstick is what rounding does to the plain forms.
+        kinds = ["logps", *(re.sub(r"[.][0-9]+[.]", ".*.", name) for name, _ in model.named_parameters())]
+        def of(kind, found):
+            return torch.cat([x.float().flatten() for name, x in zip(kinds, found, strict=True) if name == kind])
+        for kind in sorted(set(kinds)):
+            exact = of(kind, plain[False])
+            errors = [float((of(kind, x[True]) - exact).norm() / exact.norm()) for x in (ours, plain)]
+            assert errors[0] <= 3 * errors[1] + (0.01 if kind == "logps" else 0.05), (kind, errors)
         assert seen == {"kda_gate", "logprob", "rms_norm", "short_conv", "swiglu"}, seen
     """,
 }
