@@ -62,6 +62,38 @@ def test_every_version_arrives_in_the_dtype_that_is_served(sync):
     assert dict(unpack(update)).keys() == {"a", "b"}, "opened again it needs no learner"
 
 
+def test_a_worker_may_ask_on_before_the_learner_knows_that_it_has_sent(sync, monkeypatch):
+    transfer, asked_early = nccl._transfer, []
+
+    class Late:
+        """A transfer that counts as done only once the worker has asked for the next version (or in half a second)."""
+
+        def __init__(self, group, line):
+            self.group, self.line = group, line
+
+        def broadcast(self, *arguments):
+            self.work, self.until = self.group.broadcast(*arguments), time.monotonic() + 0.5
+            return self
+
+        def is_completed(self):
+            if self.line._words and time.monotonic() < self.until:
+                asked_early.append(self.line._words[0])
+            return time.monotonic() > self.until and self.work.is_completed()
+
+        def wait(self):
+            return self.work.wait()
+
+    def late(group, buffer, line):
+        transfer(Late(group, line) if threading.current_thread() in senders() else group, buffer, line)
+
+    monkeypatch.setattr(nccl, "_transfer", late)
+    for version in range(3):
+        update, _ = sync.pack(weights(version), version)
+        assert torch.equal(dict(unpack(update))["b"], torch.full((2,), float(version)))
+    assert set(asked_early) == {1, 2}, "versions asked for while the one before was being sent"
+    assert len(senders()) == 1
+
+
 def test_a_version_that_is_gone_is_an_error_and_the_next_one_arrives(sync):
     old, _ = sync.pack(weights(0), 0)
     new, _ = sync.pack(weights(1), 1)

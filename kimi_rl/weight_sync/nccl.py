@@ -197,14 +197,15 @@ class _Line(dist.Store):
             self._take()
         return self._words.popleft()
 
-    def interrupted(self, seconds: float) -> bool:
-        """Whether a word comes, or the line breaks, within so many seconds. `hear` tells which."""
-        try:
-            if not self._words and self.connection.poll(seconds):
-                self._take()
-        except (EOFError, OSError):
-            return True
-        return bool(self._words)
+    def watch(self, seconds: float) -> None:
+        """Raise what the other side says it failed of (ConnectionError), or that it is gone, within so many seconds.
+
+        What a worker asks for is no failure, and stays for `hear`.
+        """
+        if self.connection.poll(seconds):
+            self._take()
+            if self._words and isinstance(self._words[-1], str):
+                raise ConnectionError(self._words.pop())
 
     def _take(self) -> None:
         key, value = self.connection.recv()
@@ -257,8 +258,7 @@ def _transfer(group: Any, buffer: torch.Tensor, line: _Line) -> None:
     options = dist.BroadcastOptions()
     options.rootRank = 0
     work = group.broadcast([buffer], options)
+    # A worker that has everything may ask for the next version before this is done here: that is no reason to end.
     while not work.is_completed():
-        # A worker that has everything may already ask for the next version: then this is done here too.
-        if line.interrupted(_TURN_S) and not work.is_completed():
-            raise ConnectionError(line.hear())
+        line.watch(_TURN_S)
     work.wait()
