@@ -77,6 +77,10 @@ def test_windows_of_two_models_alternate():
     assert other["ratio_to_first"] == pytest.approx(3.0)
     low, high = other["ratio_to_first_interval"]
     assert low < 3.0 < high and first["together_ratio_to_first_interval"][0] <= 1.0
+    assert first["undisturbed_step_s"] == pytest.approx(0.002)  # by the fastest windows
+    assert other["undisturbed_ratio_to_first"] == pytest.approx(2.0)
+    low, high = other["undisturbed_ratio_to_first_interval"]
+    assert low == pytest.approx(2.0) and high == pytest.approx(4.0)  # only slow windows of the first: one draw in 16
     assert other["without"]["step_s"] == pytest.approx(0.01)
     assert first["together"]["tokens_per_s"] == pytest.approx(64 / 0.004 + 64 / 0.008)
     assert other["together_ratio_to_first"] == pytest.approx(2 * 64 / 0.002 / (64 / 0.004 + 64 / 0.008))

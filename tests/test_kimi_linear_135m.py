@@ -190,6 +190,9 @@ def test_logits_takes_the_time_that_the_rest_leaves(tmp_path):
     alone = planner(tmp_path, until="logits")
     assert alone.decide("logits")["steps"] > by_minutes[25]
     assert not any(step.name.startswith("run") for step in alone.steps())
+    later = planner(tmp_path, until="logits", scores=False)
+    assert [s.name for s in later.steps()] == [s.name for s in alone.steps() if not s.name.startswith("score")]
+    assert later.decide("logits")["steps"] > alone.decide("logits")["steps"]
     assert planner(tmp_path, minutes=1).decide("logits")["steps"] == int(graph.LEAST_S / graph.STEP_S["logits"])
 
 

@@ -89,6 +89,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--k", type=int, default=4, help="samples a problem in every score")
     parser.add_argument("--max-tokens", type=int, default=512, help="of an answer in every score")
     parser.add_argument("--limit", type=int, help="score the first N problems of each set")
+    parser.add_argument(
+        "--scores", action=argparse.BooleanOptionalAction, default=True, help="--no-scores: a later call measures them"
+    )
     parser.add_argument("--status", type=Path, metavar="DIR", help="a line for each step, and the newest figures")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument("--results-only", action="store_true", help="write results.json of what there is, and stop")
@@ -118,7 +121,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         arms=arms,
         seeds=tuple(int(word) for word in _list(args.seeds, "--seeds")), until=args.until, engine=args.engine,
         sample_s=args.sample_seconds, layers_share=args.layers_share, k=args.k, max_tokens=args.max_tokens,
-        limit=args.limit, overrides=split_overrides(args.overrides), kept=old,
+        limit=args.limit, scores=args.scores, overrides=split_overrides(args.overrides), kept=old,
     )  # fmt: skip
     for key in ("steps", "started", "seconds", "cards"):
         settings.kept.pop(key, None)  # the scheduler's own

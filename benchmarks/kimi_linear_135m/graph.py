@@ -61,6 +61,7 @@ class Settings:
     k: int = 4
     max_tokens: int = 512
     limit: int | None = None
+    scores: bool = True  # False: only what trains, so that a later call scores it
     overrides: dict[str, list[str]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)  # `decisions` and more, in state.json
 
@@ -200,7 +201,7 @@ class Planner:
             steps += [self._score(f"distilled_{a}", f"runs/logits_{a}/model", (f"logits_{a}",)) for a in s.arms]
         if s.reaches("sft"):
             steps += self._tuned(exported)
-        return steps
+        return [step for step in steps if s.scores or not step.name.startswith("score_")]
 
     def _source_waits_for(self) -> tuple[str, ...]:
         """With a card for every run, or one left over where there are none, there is room after distillation for what

@@ -21,6 +21,7 @@ from kimi_rl.bench.rollout_arm import ArmProcess, timed_together
 from kimi_rl.bench.rollout_model import TimedModel, circumstances
 
 OFF = "KIMI_RL_STEADY_GROUPS"  # the switch that models with one cache group hardly feel
+UNDISTURBED = 0.9  # quantile of the windows' speeds that counts as what an engine does on a quiet machine
 _PROFILED = 20  # steps of the profile of an engine's Python
 
 
@@ -42,11 +43,12 @@ def bench_beside(
 
     Returns:
         `rows`, per batch size and model: `tokens_per_s` and `step_s` of an engine that has the device to itself (the
-        median of all windows of all the model's engines), each engine's `seconds`, `gpu_s` in which the card works in a
-        step, the same without `OFF` (`without`), `together`: tokens/s of all the model's engines at once; and
-        `ratio_to_first`, `together_ratio_to_first` (below 1: slower than the first model), each with an `..._interval`:
-        what 95 % of resamplings of the windows give. `host`: the Python functions that take most of a step of its first
-        engine.
+        median of all windows of all the model's engines), `undisturbed_step_s` (their fastest tenth: other work on a
+        machine only slows an engine down), each engine's `seconds`, `gpu_s` in which the card works in a step, the same
+        without `OFF` (`without`), `together`: tokens/s of all the model's engines at once; and `ratio_to_first`,
+        `undisturbed_ratio_to_first`, `together_ratio_to_first` (below 1: slower than the first model), each with an
+        `..._interval`: what 95 % of resamplings of the windows give. `host`: the Python functions that take most of a
+        step of its first engine.
     """
     tokens = tokens_needed(steps, windows)
     begun = time.perf_counter()
@@ -143,18 +145,24 @@ def compare_to_first(rows: list[dict[str, Any]]) -> None:
     for row, own, all_own in zip(rows, speeds, together, strict=True):
         row["ratio_to_first"] = row["tokens_per_s"] / rows[0]["tokens_per_s"]
         row["ratio_to_first_interval"] = ratio_interval(own, speeds[0])
+        row["undisturbed_ratio_to_first"] = rows[0]["undisturbed_step_s"] / row["undisturbed_step_s"]
+        row["undisturbed_ratio_to_first_interval"] = ratio_interval(own, speeds[0], UNDISTURBED)
         row["together_ratio_to_first"] = row["together"]["tokens_per_s"] / rows[0]["together"]["tokens_per_s"]
         row["together_ratio_to_first_interval"] = ratio_interval(all_own, together[0])
 
 
-def ratio_interval(ours: Sequence[float], theirs: Sequence[float], resamples: int = 10_000) -> list[float]:
-    """Bootstrap interval, 95 %, of the median of `ours` over the median of `theirs`."""
+def ratio_interval(
+    ours: Sequence[float], theirs: Sequence[float], quantile: float = 0.5, resamples: int = 10_000
+) -> list[float]:
+    """Bootstrap interval, 95 %, of a quantile (the median) of `ours` over that of `theirs`."""
     draw = np.random.default_rng(0)
-    drawn = [np.median(draw.choice(values, (resamples, len(values))), axis=1) for values in (ours, theirs)]
+    drawn = [np.quantile(draw.choice(v, (resamples, len(v))), quantile, axis=1) for v in (ours, theirs)]
     return np.quantile(drawn[0] / drawn[1], [0.025, 0.975]).tolist()
 
 
 def _speed(seconds: Sequence[Sequence[float]], size: int, steps: int) -> dict[str, Any]:
     """Of an engine alone, by the windows of all engines of a model."""
-    step = median(second for engine in seconds for second in engine) / steps
-    return {"tokens_per_s": size / step, "step_s": step}
+    windows = [second for engine in seconds for second in engine]
+    step = median(windows) / steps
+    undisturbed = float(np.quantile(windows, 1 - UNDISTURBED)) / steps
+    return {"tokens_per_s": size / step, "step_s": step, "undisturbed_step_s": undisturbed}
