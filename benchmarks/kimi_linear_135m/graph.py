@@ -407,6 +407,7 @@ class Planner:
                 for step in self.scheduler.steps:
                     if step.name.startswith(f"{kind}_"):
                         step.seconds = distill_seconds(decision["steps"] * decision["step_s"])
+                        step.gib = decision["gib"]  # whether arms share a card
         return self.scheduler.forecast()
 
 
