@@ -1,4 +1,5 @@
-"""How far the rollout engine is from the trainer: pure functions of the log-probs of the same sampled tokens."""
+"""How far the rollout engine is from the trainer, and the weights that make up for it: pure functions of the log-probs
+of the same sampled tokens."""
 
 from __future__ import annotations
 
@@ -48,6 +49,37 @@ def measure_mismatch(trainer: torch.Tensor, engine: torch.Tensor, mask: torch.Te
         ratio_p99=high,
         truncated_share=(ratio > cap).double().mean().item(),
     )
+
+
+def importance_ratio(
+    trainer: torch.Tensor,
+    engine: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    mode: str,
+    low: float | None,
+    high: float | None,
+) -> torch.Tensor:
+    """Importance weights trainer / engine, as TRL's `GRPOTrainer` has them (truncated: Espeholt et al., 1802.01561).
+
+    Args:
+        trainer, engine: [B, T] natural log-probs; NaN from the engine: unknown, of weight one. mask: [B, T].
+        mode: `token_truncate` or `sequence_truncate` clamp the weight to `low` and `high` (None: no bound);
+            `token_mask` or `sequence_mask` make it zero outside of them. A sequence's is the product of its tokens'.
+
+    Returns:
+        [B, T], or [B, 1] for sequences; one where the mask is zero.
+    """
+    logs = torch.nan_to_num((trainer - engine) * mask, nan=0.0)
+    ratio = (logs.sum(-1, keepdim=True) if mode.startswith("sequence") else logs).exp()
+    if mode.endswith("truncate"):
+        return ratio if low is None and high is None else ratio.clamp(min=low, max=high)
+    outside = torch.zeros_like(ratio, dtype=torch.bool)
+    if low is not None:
+        outside |= ratio < low
+    if high is not None:
+        outside |= ratio > high
+    return ratio.masked_fill(outside, 0.0)
 
 
 class MismatchBar:

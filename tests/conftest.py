@@ -60,3 +60,50 @@ def tiny_models(tmp_path_factory):
         save_model(model, tokenizer, folder)
         folders[arch, mlp] = folder
     return folders
+
+
+@pytest.fixture
+def step(ray_local, tmp_path, tiny_models):
+    """Run a stage, with the engine's log-probs shifted by `shift` per token; returns its training rows.
+
+    `rollouts(N)`: of its step N. `weights`: of each stage so far, before and after.
+    """
+    import torch
+    from stages import parity_reward, recipe
+
+    from kimi_rl.learner.rlvr_stage import run_rlvr
+    from kimi_rl.learner.stage import StageContext, StageJob
+    from kimi_rl.recipe_load import dump_recipe
+    from kimi_rl.run_dir import RunDir
+
+    def run(shift=0.0, **settings):
+        chosen = recipe(**settings)
+        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+        run_dir = RunDir.create(folder, dump_recipe(chosen))
+        job = StageJob(chosen, 0, str(folder), str(tiny_models["hybrid", "dense"]), "cpu", 2, resume=False)
+        torch.manual_seed(0)
+        context = StageContext(job)
+        context.verify = parity_reward
+        generate = context.pool.generate
+
+        def shifted(requests, params, **how):
+            completions = generate(requests, params, **how)
+            for completion in completions:
+                completion.logprobs[:] = [value + shift for value in completion.logprobs]
+            return completions
+
+        context.pool.generate = shifted
+        before = weights(context.model)
+        try:
+            run_rlvr(context)
+            run.weights.append((before, weights(context.model)))
+        finally:
+            context.close()
+        run.rollouts = lambda step: run_dir.read_rollouts("rlvr", step)
+        return [row for row in run_dir.read_metrics() if row["type"] == "train"]
+
+    def weights(model):
+        return {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    run.weights = []
+    return run

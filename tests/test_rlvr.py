@@ -3,72 +3,8 @@
 import math
 
 import pytest
-import torch
 
 from kimi_rl.errors import RunError
-from kimi_rl.learner.rlvr_stage import run_rlvr
-from kimi_rl.learner.stage import StageContext, StageJob
-from kimi_rl.recipe import Recipe
-from kimi_rl.recipe_load import dump_recipe
-from kimi_rl.rewards import Verdict
-from kimi_rl.run_dir import RunDir
-
-
-def recipe(reward=None, **stage) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "reward": reward or {},
-            "data": {"task": "arithmetic", "params": {"level": 1}, "train_size": 64, "held_out_size": 4},
-            "stages": [
-                {
-                    "kind": "rlvr",
-                    "steps": 1,
-                    "prompts_per_step": 2,
-                    "group_size": 4,
-                    "scale_rewards": "none",
-                    "mismatch": {"max_kl": None},
-                    "rollout": {"engine": "transformers", "max_tokens": 8},
-                    **stage,
-                }
-            ],
-        }
-    )
-
-
-def parity_reward(pairs):
-    """A reward that varies with the completion: random models are never right, and equal rewards teach nothing."""
-    return [Verdict(float(sum(text.encode()) % 2), "wrong", None, "stand-in") for text, _ in pairs]
-
-
-@pytest.fixture
-def step(ray_local, tmp_path, tiny_models):
-    """Run a stage, with the engine's log-probs shifted by `shift` per token; returns its training rows."""
-
-    def run(shift=0.0, **settings):
-        chosen = recipe(**settings)
-        folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-        run_dir = RunDir.create(folder, dump_recipe(chosen))
-        job = StageJob(chosen, 0, str(folder), str(tiny_models["hybrid", "dense"]), "cpu", 2, resume=False)
-        torch.manual_seed(0)
-        context = StageContext(job)
-        context.verify = parity_reward
-        generate = context.pool.generate
-
-        def shifted(requests, params, **how):
-            completions = generate(requests, params, **how)
-            for completion in completions:
-                completion.logprobs[:] = [value + shift for value in completion.logprobs]
-            return completions
-
-        context.pool.generate = shifted
-        try:
-            run_rlvr(context)
-        finally:
-            context.close()
-        run.rollouts = lambda step: run_dir.read_rollouts("rlvr", step)
-        return [row for row in run_dir.read_metrics() if row["type"] == "train"]
-
-    return run
 
 
 def test_truncated_importance_sampling_is_alive(step):

@@ -113,11 +113,11 @@ class PackedLogps:
 
         A sum over samples has, by the log-probs of one pack, the same gradient whatever the others' are. So the loss is
         computed once a pack: with gradients through this pack's log-probs, and with what is known, or the old
-        policy's, in place of the others'. The last time all are known, and that is the loss which is recorded.
+        policy's or the engine's, in place of the others'. The last time all are known; that loss is recorded.
         """
         if self.packing.mode == "off" or not torch.is_grad_enabled() or not self._separable:
             return self.policy_loss(model, inputs)
-        known = inputs.get("old_per_token_logps")
+        known = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
         if known is None:
             known = torch.zeros_like(inputs["completion_mask"], dtype=torch.float32)
         groups = self._planned(*whole_rows(inputs)) or [None]

@@ -14,6 +14,7 @@ import torch
 from torch.utils.data import Sampler
 
 from kimi_rl.learner.controllers import Controllers
+from kimi_rl.learner.one_pass import OnePass
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import whole_rows
 from kimi_rl.learner.ptx import PTXStream
@@ -69,7 +70,15 @@ def shaped_rewards(batch: RolloutBatch, weight: float) -> list[float | None]:
     return rewards
 
 
-class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
+def fresh_mask(mask: torch.Tensor, ages: list[list[int]]) -> torch.Tensor:
+    """mask [B, T] of the completions, less the tokens that an older policy version drew. ages: of each one's tokens."""
+    if not any(any(row) for row in ages):
+        return mask
+    old = torch.tensor([[age > 0 for age in row] + [True] * (mask.size(1) - len(row)) for row in ages])
+    return mask * ~old.to(mask.device)
+
+
+class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
     """`trl.GRPOTrainer` with rollouts from a `RolloutQueue`, verified weight sync, and the mismatch gate.
 
     One step of the trainer is one rollout batch: `state.global_step` counts batches trained on and is the policy
@@ -136,8 +145,12 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
         self._reward.expect(shaped_rewards(batch, weight), batch.verdicts)
         if self.rlvr.beta > 0 and self.rlvr.loss_type != "k15":
             self.beta = self.controllers.kl_coefficient
-        output = super()._generate_and_score_completions(batch.rows)
+        # Of what the controllers measure, a step's drift looks back at the policy before it.
+        one_pass = self.controllers.updates == 1 and not self.controllers.needs_drift and self.one_pass_allowed()
+        with self.scoring(one_pass):
+            output = super()._generate_and_score_completions(batch.rows)
         ages = [[version - drawn for drawn in completion.token_versions()] for completion in batch.completions]
+        output["fresh_mask"] = fresh_mask(output["completion_mask"], ages)
         counts = Counter(age for row in ages for age in row)
         self.step_values = {
             "policy_version": version,
@@ -157,8 +170,9 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
             "worker_idle_share": self._idle_share(),
             **self._verdict_values(batch),
             **self._reward.term_means(),
-            **self._mismatch_values(output, batch, ages),
         }
+        if not one_pass:
+            self.step_values |= self._mismatch_values(output)
         if self.rlvr.length_reward is not None:
             self.step_values["length_reward_weight"] = weight
         if self.rlvr.dynamic_sampling is not None:
@@ -194,29 +208,19 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
 
     # --- mismatch ---------------------------------------------------------------------------------------------
 
-    def _mismatch_values(
-        self, output: dict[str, Any], batch: RolloutBatch, ages: list[list[int]]
-    ) -> dict[str, float]:
-        """Trainer against engine, on tokens that the trainer's own version drew: older ones differ for good reason.
-
-        ages: of each completion's tokens, in policy versions.
-        """
-        trainer, engine = output["old_per_token_logps"], output["sampling_per_token_logps"]
-        mask = output["completion_mask"]
+    def _mismatch_values(self, scored: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Trainer against engine, on tokens that the trainer's own version drew: older ones differ for good reason."""
+        trainer, engine = scored["old_per_token_logps"], scored["sampling_per_token_logps"]
+        mask, fresh = scored["completion_mask"], scored["fresh_mask"]
         cap = self.rlvr.importance_sampling.cap
         whole = measure_mismatch(trainer, engine, mask, cap)
         values: dict[str, float] = {"is_truncated_share": whole.truncated_share}
         if self.rlvr.max_staleness:
             values["off_policy_kl"] = whole.kl
-        fresh = mask
-        if any(any(row) for row in ages):
-            width = mask.size(1)
-            old = torch.tensor([[age > 0 for age in row] + [True] * (width - len(row)) for row in ages])
-            fresh = mask * ~old.to(mask.device)
         if bool(fresh.any()):
-            mismatch = whole if fresh is mask else measure_mismatch(trainer, engine, fresh, cap)
+            mismatch = whole if bool((fresh == mask).all()) else measure_mismatch(trainer, engine, fresh, cap)
         elif (self.rollout_step - 1) % self.rlvr.mismatch.probe_every == 0:
-            mismatch = self._probe(batch)
+            mismatch = self._probe(self._batch)
         else:
             return values
         self.bar.check(mismatch, self.rollout_step)
@@ -266,7 +270,18 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
             self._optimizer_step(model)
         if done % (micro_batches // parts) == 0:
             self.optimizer_steps += 1
+        if done == micro_batches and self.one_pass:
+            self._look_at_scores()
         return loss
+
+    def _look_at_scores(self) -> None:
+        """What is measured in log-probs of the policy before the step, in time for the gate to prevent it."""
+        scored = self.scored()
+        self.step_values |= self._mismatch_values(scored)
+        ratio = scored["importance_sampling_ratio"]
+        ratio = ratio[scored["completion_mask"].bool()] if ratio.size(1) > 1 else ratio
+        mean = ratio.double().mean().item() if ratio.numel() else 0.0
+        self._metrics["train"]["sampling/importance_sampling_ratio/mean"].append(mean)
 
     def _optimizer_step(self, model) -> None:
         # accelerate leaves the optimizer alone while it believes gradients to be accumulating.
@@ -296,9 +311,10 @@ class RLVRLearner(CheckpointNames, PackedLogps, GRPOTrainer):
     def _k15_loss(self, model, inputs):
         mask = inputs["completion_mask"]
         logps, entropies, _ = self._logps(model, inputs, compute_entropy=True)
+        old = inputs.get("old_per_token_logps")  # None: the policy itself
         loss = k15_loss(
             logps,
-            inputs["old_per_token_logps"],
+            logps.detach() if old is None else old,
             mask,
             inputs["advantages"],
             tau=self.controllers.kl_coefficient,

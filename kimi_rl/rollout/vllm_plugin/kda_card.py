@@ -5,8 +5,8 @@ convolutions, gate, beta, delta rule, gated norm, zeros and copies. Here they ar
 where vLLM keeps them, so a step of either kind can follow a step of the other. Projections, caches, metadata and steps
 with a prompt in them are vLLM's.
 
-`KIMI_RL_VLLM_KDA_STEP=1` switches it on, for engines that start after. Off unless asked for: it saves the card a tenth of
-a step, and engines of small models wait for their host (docs/benchmarks.md).
+`KIMI_RL_VLLM_KDA_STEP=1` switches it on, for engines that start after. Off unless asked for: it saves the card a
+tenth of a step, and engines of small models wait for their host (docs/benchmarks.md).
 """
 
 from __future__ import annotations
