@@ -3,6 +3,7 @@ of the same sampled tokens."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -72,14 +73,10 @@ def importance_ratio(
     """
     logs = torch.nan_to_num((trainer - engine) * mask, nan=0.0)
     ratio = (logs.sum(-1, keepdim=True) if mode.startswith("sequence") else logs).exp()
+    low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
     if mode.endswith("truncate"):
-        return ratio if low is None and high is None else ratio.clamp(min=low, max=high)
-    outside = torch.zeros_like(ratio, dtype=torch.bool)
-    if low is not None:
-        outside |= ratio < low
-    if high is not None:
-        outside |= ratio > high
-    return ratio.masked_fill(outside, 0.0)
+        return ratio.clamp(low, high)
+    return ratio.masked_fill((ratio < low) | (ratio > high), 0.0)
 
 
 class MismatchBar:

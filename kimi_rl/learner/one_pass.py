@@ -24,10 +24,7 @@ class OnePass:
     """Trainer mixin, to stand before `PackedLogps`."""
 
     one_pass = False  # whether the current rollout batch is trained on without a pass before the update
-    # The micro-batch whose loss is being computed, and the policy's log-probs [B, C] of it.
-    _open: dict[str, Any] | None = None
-    _logps_of_open: torch.Tensor | None = None
-    _closed: list[tuple[torch.Tensor, dict[str, Any]]] = []  # both, of this rollout batch's micro-batches so far
+    _open: dict[str, Any] | None = None  # the micro-batch whose loss is being computed
 
     @staticmethod
     def one_pass_allowed() -> bool:
@@ -37,37 +34,29 @@ class OnePass:
     def scoring(self, one_pass: bool) -> Iterator[None]:
         """Around TRL's scoring of a rollout batch. With `one_pass` TRL leaves old log-probs and weights out of it."""
         before = self.vllm_importance_sampling_correction
-        self.one_pass, self._closed = one_pass, []
+        self.one_pass = one_pass
         self.vllm_importance_sampling_correction = before and not one_pass
         try:
             yield
         finally:
             self.vllm_importance_sampling_correction = before
 
-    def scored(self) -> dict[str, torch.Tensor]:
-        """Of all micro-batches trained on so far: the tensors that have a row per completion, and as
-        `old_per_token_logps` the policy's log-probs before the step."""
-        rows = [inputs | {"old_per_token_logps": logps} for logps, inputs in self._closed]
-        names = [name for name, value in rows[0].items() if torch.is_tensor(value) and value.dim()]
-        return {name: torch.cat([row[name] for row in rows]) for name in names}
-
     def _compute_loss(self, model, inputs) -> torch.Tensor:
         if not self.one_pass:
             return super()._compute_loss(model, inputs)
         self._open = inputs
         try:
-            loss = super()._compute_loss(model, inputs)
-            self._closed.append((self._logps_of_open, inputs))
-            return loss
+            return super()._compute_loss(model, inputs)
         finally:
-            self._open = self._logps_of_open = None
+            self._open = None
 
     def _get_per_token_logps_and_entropies(self, model, *args: Any, **kwargs: Any):
+        """As before; into the micro-batch goes what TRL's scoring left out of it, before the loss looks for it."""
         logps, entropies, balance = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         if self._open is not None:
-            self._logps_of_open = logps.detach()
+            self._open["old_per_token_logps"] = logps.detach()
             self._open["importance_sampling_ratio"] = importance_ratio(
-                self._logps_of_open,
+                logps.detach(),
                 self._open["sampling_per_token_logps"],
                 self._open["completion_mask"],
                 mode=self.vllm_importance_sampling_mode,

@@ -145,8 +145,7 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
         self._reward.expect(shaped_rewards(batch, weight), batch.verdicts)
         if self.rlvr.beta > 0 and self.rlvr.loss_type != "k15":
             self.beta = self.controllers.kl_coefficient
-        # Of what the controllers measure, a step's drift looks back at the policy before it.
-        one_pass = self.controllers.updates == 1 and not self.controllers.needs_drift and self.one_pass_allowed()
+        one_pass = self.controllers.updates == 1 and self.one_pass_allowed()
         with self.scoring(one_pass):
             output = super()._generate_and_score_completions(batch.rows)
         ages = [[version - drawn for drawn in completion.token_versions()] for completion in batch.completions]
@@ -276,7 +275,9 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
 
     def _look_at_scores(self) -> None:
         """What is measured in log-probs of the policy before the step, in time for the gate to prevent it."""
-        scored = self.scored()
+        names = ("old_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "completion_mask")
+        micro_batches = self._buffered_inputs
+        scored = {name: torch.cat([part[name] for part in micro_batches]) for name in (*names, "fresh_mask")}
         self.step_values |= self._mismatch_values(scored)
         ratio = scored["importance_sampling_ratio"]
         ratio = ratio[scored["completion_mask"].bool()] if ratio.size(1) > 1 else ratio
@@ -311,10 +312,9 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
     def _k15_loss(self, model, inputs):
         mask = inputs["completion_mask"]
         logps, entropies, _ = self._logps(model, inputs, compute_entropy=True)
-        old = inputs.get("old_per_token_logps")  # None: the policy itself
         loss = k15_loss(
             logps,
-            logps.detach() if old is None else old,
+            inputs["old_per_token_logps"],
             mask,
             inputs["advantages"],
             tau=self.controllers.kl_coefficient,
