@@ -478,7 +478,12 @@ def learner(
     longest: Annotated[int, typer.Option(min=1, help="Longest completion.")] = 2048,
     pack_tokens: Annotated[int, typer.Option(min=1, help="Tokens of one pack.")] = 16384,
     steps: Annotated[int, typer.Option(min=1, help="Timed optimizer steps of each path.")] = 5,
-    paths: Annotated[str, typer.Option(help="Which to time.")] = "stock,padded,packed,shared_prompt",
+    effective_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of groups with advantages other than zero: see `without_silent`.")
+    ] = 1.0,
+    paths: Annotated[
+        str, typer.Option(help="Which to time; `without_silent` too: without completions whose advantage is zero.")
+    ] = "stock,padded,packed,shared_prompt",
     seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Time stock TRL and the learner on padded batches, packed ones, and with shared prompts. Prints JSON."""
@@ -505,6 +510,7 @@ def learner(
         pack_tokens=pack_tokens,
         steps=steps,
         seed=seed,
+        effective_share=effective_share,
         paths=paths.split(","),
     )
     print_json({"command": " ".join(["kimi-rl", *sys.argv[1:]]), **figures})

@@ -64,7 +64,8 @@ def tiny_models(tmp_path_factory):
 
 @pytest.fixture
 def step(ray_local, tmp_path, tiny_models):
-    """Run a stage, with the engine's log-probs shifted by `shift` per token; returns its training rows.
+    """Run a stage, with the engine's log-probs shifted by `shift` per token and verdicts from `verify`; returns its
+    training rows.
 
     `rollouts(N)`: of its step N. `weights`: of each stage so far, before and after.
     """
@@ -76,14 +77,14 @@ def step(ray_local, tmp_path, tiny_models):
     from kimi_rl.recipe_load import dump_recipe
     from kimi_rl.run_dir import RunDir
 
-    def run(shift=0.0, **settings):
+    def run(shift=0.0, verify=parity_reward, **settings):
         chosen = recipe(**settings)
         folder = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         run_dir = RunDir.create(folder, dump_recipe(chosen))
         job = StageJob(chosen, 0, str(folder), str(tiny_models["hybrid", "dense"]), "cpu", 2, resume=False)
         torch.manual_seed(0)
         context = StageContext(job)
-        context.verify = parity_reward
+        context.verify = verify
         generate = context.pool.generate
 
         def shifted(requests, params, **how):

@@ -56,6 +56,17 @@ def test_bad_input(tmp_path, tiny_models):
         assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+def test_learner_without_what_is_silent():
+    figures = bench_learner(
+        size="tiny", vocabulary=512, groups=16, group_size=2, micro_batch_size=32, prompt_tokens=10, mean=12,
+        longest=40, steps=1, effective_share=0.25, paths=["packed", "without_silent"],
+    )  # fmt: skip
+    packed, spoken = figures["paths"]["packed"], figures["paths"]["without_silent"]
+    assert spoken["grad_norm"] == pytest.approx(packed["grad_norm"], rel=1e-3) and packed["grad_norm"] > 0
+    assert spoken["flops"] < 0.8 * packed["flops"] and spoken["memory_bytes"] < packed["memory_bytes"]
+    assert list(figures["ratios"]) == ["without_silent / packed"]
+
+
 def test_learner():
     figures = bench_learner(
         size="tiny", vocabulary=512, groups=2, group_size=2, micro_batch_size=2, prompt_tokens=10, mean=12, longest=40,
@@ -71,6 +82,7 @@ def test_learner():
         assert 0 < path["mfu"] < 1 and path["memory_bytes"] > 0
     assert shape["tokens_with_shared_prompts"] < shape["real_tokens"] < shape["padded_tokens"]
     assert paths["packed"]["memory_bytes"] < paths["padded"]["memory_bytes"]
+    assert shape["effective_share"] == 1 and "without_silent" in figures["left_out"]
     with pytest.raises(InputError, match="--micro-batch-size: 3 must divide .* = 4"):
         bench_learner(groups=2, group_size=2, micro_batch_size=3)
     with pytest.raises(InputError, match="--paths: found 'paded'"):

@@ -271,6 +271,19 @@ def test_distillation_may_go_straight_to_the_logits(tmp_path):
     assert [path.name for path in (tmp_path / "2/recipes").glob("probe_*")] == ["probe_logits_mla.yaml"]
 
 
+def test_distillation_may_go_on_from_models_of_before(tmp_path):
+    made = planner(tmp_path, layers_share=0, start={"mla": "/models/distilled"}, source_too=False)
+    usual = {step.name for step in planner(tmp_path, layers_share=0).steps()}
+    names = {step.name for step in made.scheduler.steps}
+    assert names == usual - {"convert_mla", "score_source", "source_sft", "score_source_sft"}
+    steps = {step.name: step for step in made.scheduler.steps}
+    assert (steps["logits_mla"].needs, steps["logits_hybrid"].needs) == ((), ("convert_hybrid",))
+    assert "convert_hybrid" in steps["logits_mla"].after and "convert_mla" not in steps["logits_hybrid"].after
+    for arm, path in (("mla", "/models/distilled"), ("hybrid", "models/hybrid")):
+        steps[f"logits_{arm}"].settle(steps[f"logits_{arm}"])
+        assert graph.load_recipe(tmp_path / steps[f"logits_{arm}"].command[4]).model.path == path
+
+
 def test_steps_given_by_hand_hold(tmp_path):
     made = planner(tmp_path, overrides={"distill": ["stages.layers.steps=70", "stages.logits.steps=90"]})
     assert (made.decide("layers")["steps"], made.decide("logits")["steps"]) == (70, 90)
@@ -287,6 +300,8 @@ def test_steps_given_by_hand_hold(tmp_path):
         (["--layers-share", "0", "--until", "layers"], "--until layers: with --layers-share 0 there is no such stage"),
         (["--layers-share", "8"], "--layers-share 8: give a part of the time"),
         (["run:stages.rlvr.stepz=3"], "stepz"),
+        (["--start", "gdn=models"], "--start 'gdn=models': expected ARM=FOLDER"),
+        (["--start", "mla=/no/such/folder"], "/no/such/folder: no such file or folder"),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(tmp_path, capsys, words, expected):

@@ -8,6 +8,7 @@ import torch
 from kimi_rl.bench.learner import BenchTrainer, make_batch, make_trainer, memory_of
 from kimi_rl.learner.packed import PackingSettings
 from kimi_rl.learner.packing import whole_rows
+from kimi_rl.learner.silent import rows_to_run
 from kimi_rl.model.modeling import KimiLinearForCausalLM
 from kimi_rl.model.presets import bare_config
 from kimi_rl.recipe import ModelSection
@@ -93,3 +94,29 @@ def test_activations_of_one_pack_at_a_time(trainer_of):
         return memory_of(step, trainer.model, "cpu")[0]
 
     assert most_kept(FEW) < 0.4 * most_kept(WHOLE)
+
+
+@pytest.mark.parametrize("tokens", [WHOLE, FEW])
+@pytest.mark.parametrize("loss_type, level", LOSSES)
+def test_rows_without_an_advantage_need_no_forward(trainer_of, monkeypatch, loss_type, level, tokens):
+    trainer = trainer_of(loss_type=loss_type, importance_sampling_level=level)
+    trainer.beta = 0.0
+    silent = inputs() | {"advantages": inputs()["advantages"].clone()}
+    silent["advantages"][[0, 2, 4, 5, 6, 7, 9, 10]] = 0.0
+    monkeypatch.setitem(globals(), "inputs", lambda: silent)
+    forwarded = []
+    hook = trainer.model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: forwarded.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    loss, gradient, metrics, _ = outcome(trainer, "packed", tokens)
+    plain = sum(forwarded)
+    forwarded.clear()
+    monkeypatch.setattr(BenchTrainer, "rows_that_count", lambda self, batch: rows_to_run(batch["advantages"], always=1))
+    again = outcome(trainer, "packed", tokens)
+    hook.remove()
+    lengths = (silent["prompt_mask"].sum(1) + silent["completion_mask"].sum(1)).tolist()
+    assert sum(forwarded) == sum(lengths[row] for row in (0, 1, 8, 11)) < 0.5 * plain  # row 3 has no completion
+    assert again[0] == pytest.approx(loss, rel=1e-4, abs=1e-7)
+    assert float((again[1] - gradient).norm() / gradient.norm()) < 1e-4
+    assert again[2].keys() == metrics.keys()
+    assert again[2]["entropy"] == pytest.approx(metrics["entropy"], rel=0.05), "of the rows that were run"

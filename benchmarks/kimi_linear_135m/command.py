@@ -35,7 +35,7 @@ DATA = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math", "svamp": "
         "math500": "HuggingFaceH4/MATH-500"}  # fmt: skip
 WORKERS = ("source", "probe", "sample", "score")
 # As in the first call.
-LASTING = ("source", "data", "threads", "engine", "layers_share", "k", "max_tokens", "limit", "overrides")
+LASTING = ("source", "start", "data", "threads", "engine", "layers_share", "k", "max_tokens", "limit", "overrides")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +92,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--scores", action=argparse.BooleanOptionalAction, default=True, help="--no-scores: a later call measures them"
     )
+    parser.add_argument(
+        "--start", action="append", default=[], metavar="ARM=FOLDER",
+        help="the model to distil, converted or distilled before, in place of a conversion",
+    )  # fmt: skip
+    parser.add_argument(
+        "--source-too", action=argparse.BooleanOptionalAction, default=True, help="SFT and scores of the source itself"
+    )
     parser.add_argument("--status", type=Path, metavar="DIR", help="a line for each step, and the newest figures")
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")
     parser.add_argument("--results-only", action="store_true", help="write results.json of what there is, and stop")
@@ -121,13 +128,14 @@ def make_settings(args: argparse.Namespace) -> Settings:
         arms=arms,
         seeds=tuple(int(word) for word in _list(args.seeds, "--seeds")), until=args.until, engine=args.engine,
         sample_s=args.sample_seconds, layers_share=args.layers_share, k=args.k, max_tokens=args.max_tokens,
-        limit=args.limit, scores=args.scores, overrides=split_overrides(args.overrides), kept=old,
+        limit=args.limit, scores=args.scores, start=split_start(args.start, arms), source_too=args.source_too,
+        overrides=split_overrides(args.overrides), kept=old,
     )  # fmt: skip
     for key in ("steps", "started", "seconds", "cards"):
         settings.kept.pop(key, None)  # the scheduler's own
     now = {key: getattr(settings, key) for key in LASTING}
     for key in LASTING:
-        if before and before[key] != now[key]:
+        if before and before.get(key, now[key]) != now[key]:
             raise InputError(f"--out {out}: was begun with {key} {before[key]!r}, now {now[key]!r}; take a new folder")
     settings.kept["settings"] = now
     check_settings(settings)
@@ -151,6 +159,16 @@ def split_overrides(words: Sequence[str]) -> dict[str, list[str]]:
         if not colon or part not in PARTS or "=" not in override:
             raise InputError(f"{word!r}: expected PART:KEY=VALUE with one of {', '.join(PARTS)}")
         found.setdefault(part, []).append(override)
+    return found
+
+
+def split_start(words: Sequence[str], arms: Sequence[str]) -> dict[str, str]:
+    found = {}
+    for word in words:
+        arm, equal, folder = word.partition("=")
+        if not equal or arm not in arms or arm in found:
+            raise InputError(f"--start {word!r}: expected ARM=FOLDER, each of {', '.join(arms)} at most once")
+        found[arm] = local(folder)
     return found
 
 

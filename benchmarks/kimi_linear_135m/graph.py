@@ -62,6 +62,8 @@ class Settings:
     max_tokens: int = 512
     limit: int | None = None
     scores: bool = True  # False: only what trains, so that a later call scores it
+    start: dict[str, str] = field(default_factory=dict)  # arm to the model that is distilled; of others the conversion
+    source_too: bool = True  # False: neither SFT nor scores of the source
     overrides: dict[str, list[str]] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)  # `decisions` and more, in state.json
 
@@ -110,7 +112,8 @@ def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, 
 
     Its steps and their tokens are those that were decided, on however many cards they are made now.
     """
-    start = f"models/{arm}" if kind == settings.kinds[0] else f"runs/layers_{arm}/model"
+    first = settings.start.get(arm, f"models/{arm}")
+    start = first if kind == settings.kinds[0] else f"runs/layers_{arm}/model"
     own = [f"model.path={start}", f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
     own += [f"name={kind}_{arm}"]
     for stage in ("layers", "logits"):
@@ -178,7 +181,7 @@ class Planner:
         if s.model != s.source:
             exported = ("source",)
             steps.append(Step("source", worker("source", s.source, s.model), 30, threads=s.threads, makes=s.model))
-        for arm in s.arms:
+        for arm in (arm for arm in s.arms if arm not in s.start):
             out, threads = f"models/{arm}", max(1, s.cores // (len(s.arms) + 1))
             command = kimi("convert", s.model, "--arch", arm, "--calibration", s.data["gsm8k"], "--out", out)
             step = Step(f"convert_{arm}", command, 110, exported, threads=threads, makes=f"{out}/convert.json")
@@ -197,7 +200,8 @@ class Planner:
             if s.reaches(kind):
                 steps += [self._distill(kind, arm, [step.name for step in probes]) for arm in s.arms]
         if s.reaches("logits"):
-            steps.append(self._score("source", s.model, exported, after=self._source_waits_for()))
+            if s.source_too:
+                steps.append(self._score("source", s.model, exported, after=self._source_waits_for()))
             steps += [self._score(f"distilled_{a}", f"runs/logits_{a}/model", (f"logits_{a}",)) for a in s.arms]
         if s.reaches("sft"):
             steps += self._tuned(exported)
@@ -232,12 +236,14 @@ class Planner:
     def _distill(self, kind: str, arm: str, probes: list[str]) -> Step:
         s, name = self.settings, f"{kind}_{arm}"
         first = kind == s.kinds[0]
-        before, after = "convert" if first else "layers", tuple(probes) if first else ()
+        after = tuple(probes) if first else ()
+        before = {a: f"convert_{a}" if first else f"layers_{a}" for a in s.arms if not (first and a in s.start)}
         if kind == "logits":  # all arms are to have got here, so that they get equally many steps
-            after += tuple(f"{before}_{other}" for other in s.arms)
+            after += tuple(before.values())
             after += tuple(f"sample_{part}" for part in range(self.sample_parts))
-        step = Step(name, [], self._distill_seconds(kind), (f"{before}_{arm}",), after, load=1.0,
-                    start_s=DISTILL_START_S, cards=s.learners, gib=PEAK_GIB[kind], threads=s.threads,
+        needs = (before[arm],) if arm in before else ()
+        step = Step(name, [], self._distill_seconds(kind), needs, after, load=1.0, start_s=DISTILL_START_S,
+                    cards=s.learners, gib=PEAK_GIB[kind], threads=s.threads,
                     makes=f"runs/{name}/model/config.json")  # fmt: skip
         step.settle = lambda step: self._settle_distill(step, kind, arm)
         return step
@@ -245,10 +251,12 @@ class Planner:
     def _tuned(self, exported: tuple[str, ...]) -> list[Step]:
         """SFT of the source; SFT and RLVR of each arm and seed; their scores."""
         s, stopping = self.settings, not self.settings.reaches("rlvr")
-        steps = [Step("source_sft", [], START_S + 120, exported, self._source_waits_for(), load=0.6, start_s=START_S,
-                      gib=24, threads=s.threads, makes="runs/source_sft/model/config.json")]  # fmt: skip
-        steps[0].settle = lambda step: self._settle_train(step, source_recipe(s), "runs/source_sft")
-        steps.append(self._score("source_sft", "runs/source_sft/model", ("source_sft",)))
+        steps = []
+        if s.source_too:
+            step = Step("source_sft", [], START_S + 120, exported, self._source_waits_for(), load=0.6, start_s=START_S,
+                        gib=24, threads=s.threads, makes="runs/source_sft/model/config.json")  # fmt: skip
+            step.settle = lambda step: self._settle_train(step, source_recipe(s), "runs/source_sft")
+            steps += [step, self._score("source_sft", "runs/source_sft/model", ("source_sft",))]
         for seed in s.seeds:
             for arm in s.arms:
                 folder, name = run_folder(arm, seed), f"{'sft' if stopping else 'run'}_{arm}_{seed}"

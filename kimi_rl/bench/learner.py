@@ -21,6 +21,7 @@ from kimi_rl.errors import InputError, RunError, one_line
 from kimi_rl.kernels.dispatch import fla_installed
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import cost_of, regroup, tokens_of, unpad, whole_rows
+from kimi_rl.learner.silent import rows_to_run
 from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer
 from kimi_rl.model.flops import forward_cost
 from kimi_rl.model.modeling import KimiLinearForCausalLM
@@ -30,14 +31,20 @@ from kimi_rl.run_dir import describe_environment
 from kimi_rl.tokenizer import build_tokenizer
 
 # `off` leaves TRL's own method in place: the mixin then only calls it.
-PATHS = {"padded": "off", "packed": "packed", "shared_prompt": "shared_prompt"}
+PATHS = {"padded": "off", "packed": "packed", "shared_prompt": "shared_prompt", "without_silent": "packed"}
 STOCK = "stock"  # transformers' model class and TRL's trainer, both as they are
+DEFAULT_PATHS = (STOCK, "padded", "packed", "shared_prompt")
 NO_STOCK = "transformers calls fla's Triton kernels on any tensor where fla is installed, so this path needs a card"
 SPREAD = 0.6  # standard deviation of the logarithm of completion lengths
 
 
 class BenchTrainer(PackedLogps, GRPOTrainer):
     """TRL's trainer, fed ready batches."""
+
+    skip_silent = False
+
+    def rows_that_count(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        return rows_to_run(inputs["advantages"]) if self.skip_silent else None
 
 
 def draw_lengths(count: int, mean: float, longest: int, spread: float, generator: torch.Generator) -> list[int]:
@@ -47,9 +54,13 @@ def draw_lengths(count: int, mean: float, longest: int, spread: float, generator
 
 
 def make_batch(
-    *, groups: int, group_size: int, prompt_tokens: int, mean: float, longest: int, vocabulary: int, seed: int
+    *, groups: int, group_size: int, prompt_tokens: int, mean: float, longest: int, vocabulary: int, seed: int,
+    effective: float = 1.0,
 ) -> dict[str, torch.Tensor]:
-    """One rollout batch as TRL's trainer holds it, with random tokens: rows shuffled, prompts padded on the left."""
+    """One rollout batch as TRL's trainer holds it, with random tokens: rows shuffled, prompts padded on the left.
+
+    `effective`: the share of groups with advantages other than zero.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = groups * group_size
     prompts = draw_lengths(groups, prompt_tokens, 4 * prompt_tokens, SPREAD / 2, generator)
@@ -60,12 +71,13 @@ def make_batch(
     mask = torch.arange(right) < torch.tensor(completions)[:, None]
     ids = torch.randint(10, vocabulary, (rows, right), generator=generator)
     order = torch.randperm(rows, generator=generator)
+    speak = torch.arange(groups).repeat_interleave(group_size)[order] < round(effective * groups)
     return {
         "prompt_ids": (prompt_ids * prompt_mask)[order],
         "prompt_mask": prompt_mask[order].long(),
         "completion_ids": (ids * mask)[order],
         "completion_mask": mask[order].long(),
-        "advantages": torch.randn(rows, generator=generator),
+        "advantages": torch.randn(rows, generator=generator) * speak,
         "num_items_in_batch": mask.sum().float(),
     }
 
@@ -94,14 +106,16 @@ def bench_learner(
     pack_tokens: int = 16384,
     steps: int = 5,
     seed: int = 0,
-    paths: Sequence[str] = (STOCK, *PATHS),
+    effective_share: float = 1.0,
+    paths: Sequence[str] = DEFAULT_PATHS,
 ) -> dict[str, Any]:
     """Time optimizer steps (forward, backward, AdamW) of one batch by each path.
 
     Each of `paths` gets the same rows in micro-batches of `micro_batch_size`; with shared prompts groups stand
     together. `stock` is what a user of TRL has: `trl.GRPOTrainer` with its own settings on transformers' own
     `KimiLinearForCausalLM`; on a card alone. The others are our trainer and model, in turns; `padded` differs from
-    `packed` by padding alone.
+    `packed` by padding alone, and `without_silent` by leaving out completions without an advantage: those of all groups
+    but `effective_share`.
 
     Returns:
         `paths`, by name: `step_s` (median over `steps`, after untimed ones), `tokens_per_s` of real tokens (prompts
@@ -126,7 +140,7 @@ def bench_learner(
     model = KimiLinearForCausalLM(config)
     batch = make_batch(
         groups=groups, group_size=group_size, prompt_tokens=prompt_tokens, mean=mean, longest=longest,
-        vocabulary=vocabulary, seed=seed,
+        vocabulary=vocabulary, seed=seed, effective=effective_share,
     )  # fmt: skip
     micro_batches = split(batch, micro_batch_size)
     samples = [_samples(part) for part in micro_batches]
@@ -138,8 +152,11 @@ def bench_learner(
         "shared_prompt": 3 * sum(cost_of(part, cost, True) for part in shared_samples),
     }
     flops["packed"] = flops[STOCK] = flops["padded"]
+    run_of = [rows_to_run(part["advantages"]) for part in micro_batches]
+    spoken = [[s for s in part if run[s.row]] for part, run in zip(samples, run_of, strict=True)]
+    flops["without_silent"] = 3 * sum(cost_of(part, cost, False) for part in spoken)
     tokens = sum(tokens_of(part, False) for part in samples)
-    batches = {STOCK: micro_batches, "padded": micro_batches, "packed": micro_batches, "shared_prompt": regrouped}
+    batches = dict.fromkeys((STOCK, *PATHS), micro_batches) | {"shared_prompt": regrouped}
     run = functools.partial(
         _timed, batches=batches, pack_tokens=pack_tokens, group_size=group_size, steps=steps, device=device
     )
@@ -192,7 +209,8 @@ def bench_learner(
         "shape": {
             "groups": groups, "group_size": group_size, "micro_batch_size": micro_batch_size,
             "prompt_tokens": prompt_tokens, "completion_mean": mean, "completion_longest": longest,
-            "pack_tokens": pack_tokens, "seed": seed, "steps": steps, "real_tokens": tokens,
+            "pack_tokens": pack_tokens, "seed": seed, "steps": steps, "effective_share": effective_share,
+            "real_tokens": tokens,
             "padded_tokens": padded_tokens,
             "tokens_with_shared_prompts": sum(tokens_of(part, True) for part in shared_samples),
         },
@@ -236,6 +254,7 @@ def _timed(
             """One optimizer step; the norm of its gradient."""
             if name in PATHS:
                 trainer.packing = PackingSettings(PATHS[name], pack_tokens)
+                trainer.skip_silent = name == "without_silent"
                 if PATHS[name] != "off":  # as the trainer does with a new rollout batch
                     trainer.copy_to_host(on_device[name])
             model.train()
@@ -273,6 +292,7 @@ def _clocked(run: Callable[[], Any], device: str) -> tuple[float, Any]:
 def _ratios(costs: dict[str, float]) -> dict[str, float]:
     """What the second path of each name costs over what the first does: how many times as good the first is."""
     pairs = [(a, b) for a in ("packed", "shared_prompt") for b in (STOCK, "padded")] + [("shared_prompt", "packed")]
+    pairs += [("without_silent", "packed")]
     return {f"{a} / {b}": costs[b] / costs[a] for a, b in pairs if a in costs and b in costs}
 
 

@@ -18,6 +18,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from kimi_rl.learner.packing import Pack, Sample, pack, plan, regroup, scatter, unpad, whole_rows
+from kimi_rl.learner.silent import fill_left_out
 from kimi_rl.model.flops import ForwardCost, forward_cost
 
 Packing = Literal["auto", "off", "packed", "shared_prompt"]
@@ -44,13 +45,28 @@ class _Turns:
     """The packs of a loss, run one at a time.
 
     groups: the samples of each, None for a pack without any. logps, entropies float32 [B, C]: what is known so far, and
-    something in place of the rest. number: whose turn it is.
+    something in place of the rest. run: bool [B], the rows that are in any pack; None: all. number: whose turn it is.
     """
 
     groups: list[list[Sample] | None]
     logps: torch.Tensor
     entropies: torch.Tensor
+    run: torch.Tensor | None = None
     number: int = 0
+
+    @property
+    def scored(self) -> int:
+        """Tokens of all packs."""
+        return sum(len(sample.completion) for group in self.groups for sample in group or ())
+
+
+@dataclass
+class _OnHost:
+    """ids, mask [B, T] of a micro-batch; run: bool [B], the rows that its update has to run, None for all."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    run: torch.Tensor | None = None
 
 
 class PackedLogps:
@@ -63,9 +79,9 @@ class PackedLogps:
 
     packing = PackingSettings("off", 0)
     _turns: _Turns | None = None  # while a loss is computed pack by pack
-    # Of each micro-batch its tensors, and its ids and mask on the host; and the latter of the one whose loss is next.
-    _copies: Sequence[tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]] = ()
-    _copied: tuple[torch.Tensor, torch.Tensor] | None = None
+    # Of each micro-batch its tensors, and what of it is on the host; and the latter of the one whose loss is next.
+    _copies: Sequence[tuple[list[torch.Tensor], _OnHost]] = ()
+    _copied: _OnHost | None = None
 
     @functools.cached_property
     def _pack_cost(self) -> ForwardCost:
@@ -92,12 +108,22 @@ class PackedLogps:
         self._copies = []
         for part in micro_batches:
             ids, mask, _ = whole_rows({name: part[name].cpu() for name in _PADDED})
-            self._copies.append(([part[name] for name in _PADDED], ids, mask))
+            self._copies.append(([part[name] for name in _PADDED], _OnHost(ids, mask, self.rows_run(part))))
+
+    def rows_that_count(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """bool [B], the rows of a micro-batch whose log-probs the loss's gradient depends on, and maybe others; None:
+        all. To be overridden."""
+        return None
+
+    def rows_run(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """bool [B] on the host, the rows of a micro-batch that its update runs; None for all."""
+        rows = self.rows_that_count(inputs)
+        return None if rows is None or self.packing.mode == "off" or not self._separable else rows.cpu()
 
     def compute_loss(self, model, inputs, *args: Any, **kwargs: Any):
-        for tensors, ids, mask in self._copies:
+        for tensors, copied in self._copies:
             if all(inputs.get(name) is tensor for name, tensor in zip(_PADDED, tensors, strict=True)):
-                self._copied = ids, mask
+                self._copied = copied
         try:
             return super().compute_loss(model, inputs, *args, **kwargs)
         finally:
@@ -120,8 +146,10 @@ class PackedLogps:
         known = inputs.get("old_per_token_logps", inputs.get("sampling_per_token_logps"))
         if known is None:
             known = torch.zeros_like(inputs["completion_mask"], dtype=torch.float32)
-        groups = self._planned(*whole_rows(inputs)) or [None]
-        self._turns = turns = _Turns(groups, known, torch.zeros_like(known))
+        known = known.nan_to_num()  # an engine may have told none
+        run = self._copied.run if self._copied else self.rows_run(inputs)
+        groups = self._planned(*whole_rows(inputs), run) or [None]
+        self._turns = turns = _Turns(groups, known, torch.zeros_like(known), run)
         try:
             while turns.number < len(turns.groups) - 1:
                 with self._unrecorded():
@@ -159,6 +187,8 @@ class PackedLogps:
         if entropies is not None:
             entropies = turns.entropies.index_put(places, entropies)
             turns.entropies = entropies.detach()
+            if turns.run is not None:
+                entropies = fill_left_out(entropies, turns.run.to(entropies.device), turns.scored)
         return logps, entropies
 
     def _get_per_token_logps_and_entropies(
@@ -202,12 +232,18 @@ class PackedLogps:
         return logps, entropies, None
 
     def _planned(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_width: int
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        completion_width: int,
+        run: torch.Tensor | None = None,
     ) -> list[list[Sample]]:
-        """The samples of each pack."""
-        ids, mask = self._copied or (input_ids.cpu(), attention_mask.cpu())
+        """The samples of each pack; of the rows `run` alone, bool [B] on the host, where it is given."""
+        copied = self._copied or _OnHost(input_ids.cpu(), attention_mask.cpu())
         self._copied = None  # of the policy's own pass, the first that a loss asks for
-        samples = unpad(ids, mask, completion_width)
+        samples = unpad(copied.ids, copied.mask, completion_width)
+        if run is not None:
+            samples = [sample for sample in samples if run[sample.row]]
         share = self.packing.mode == "shared_prompt"
         return plan(samples, self.packing.tokens, self._pack_cost, share_prompts=share)
 

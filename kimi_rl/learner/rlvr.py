@@ -19,6 +19,7 @@ from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import whole_rows
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.reward import RecipeReward
+from kimi_rl.learner.silent import ALWAYS, rows_to_run, skipping_allowed
 from kimi_rl.learner.stage import CheckpointNames, StageContext
 from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer, add_fused_lm_head
 from kimi_rl.mismatch import Mismatch, MismatchBar, measure_mismatch
@@ -32,7 +33,7 @@ from kimi_rl.seeds import derive_seed
 
 STATUSES = ("correct", "wrong", "no_answer", "unparseable_gold", "timeout", "crashed")
 
-_DRIFT_SAMPLES = 16  # completions on which a step's movement of the policy is measured
+_DRIFT_SAMPLES = ALWAYS  # completions on which a step's movement of the policy is measured
 _PROBE_PROMPTS = 8  # completions drawn to compare engine and trainer where a batch has no fresh tokens
 _PROBE_TOKENS = 64
 
@@ -278,6 +279,10 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
         names = ("old_per_token_logps", "sampling_per_token_logps", "importance_sampling_ratio", "completion_mask")
         micro_batches = self._buffered_inputs
         scored = {name: torch.cat([part[name] for part in micro_batches]) for name in (*names, "fresh_mask")}
+        runs = [self.rows_run(part) for part in micro_batches]
+        if runs[0] is not None:  # nothing is known of the others
+            run = torch.cat(runs).to(scored["fresh_mask"].device)
+            scored = {name: value[run] for name, value in scored.items()}
         self.step_values |= self._mismatch_values(scored)
         ratio = scored["importance_sampling_ratio"]
         ratio = ratio[scored["completion_mask"].bool()] if ratio.size(1) > 1 else ratio
@@ -294,6 +299,12 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
         self.optimizer.step()
         model.zero_grad()
         gradients._set_sync_gradients(before)
+
+    def rows_that_count(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """With a KL term, and in K1.5's loss, every completion counts."""
+        if self.rlvr.beta > 0 or self.rlvr.loss_type == "k15" or not skipping_allowed():
+            return None
+        return rows_to_run(inputs["advantages"])
 
     def policy_loss(self, model, inputs):
         """TRL's loss, or K1.5's where the recipe says so."""
