@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from kimi_linear_135m.scheduler import Card, Scheduler, Step
 from kimi_rl.errors import InputError
 from kimi_rl.recipe import Recipe
-from kimi_rl.recipe_load import dump_recipe, first_difference, load_recipe, parse_yaml
+from kimi_rl.recipe_load import dump_recipe, first_difference, load_recipe, parse_recipe, parse_yaml
 from kimi_rl.run_dir import atomic_write_text
 
 HERE = Path(__file__).resolve().parent
@@ -36,6 +38,10 @@ RESULTS_S = 40.0  # for results.json and the comparison, at the end
 LAYERS_SHARE = 0.0  # of a call's time; what a start costs buys more in `logits` (docs/distill.md)
 STEP_S = {"layers": 0.75, "logits": 0.7}  # where no probe says otherwise
 PEAK_GIB = {"layers": 42.0, "logits": 40.0}
+# The stage that --layers-share puts before the recipes' own, with its teacher and data. It keeps the activations of one
+# layer alone: so long rows.
+LAYERS = {"name": "layers", "match": "layers", "steps": 300, "batch_tokens": 65536, "pack_tokens": 65536,
+          "learning_rate": 3e-3, "warmup_steps": 15, "checkpoint_every": 100}  # fmt: skip
 LEAST_S = 30.0  # of a distill stage, however little time is left
 
 
@@ -119,7 +125,11 @@ def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, 
     for stage in ("layers", "logits"):
         own += [f"stages.{stage}.teacher={settings.model}"]
         own += [f"stages.{stage}.more_data.0.path={settings.data['math']}"]
-    recipe = load_recipe(RECIPES / f"smollm2_convert_{arm}.yaml", [*own, *settings.overrides.get("distill", ())])
+    path = RECIPES / f"smollm2_convert_{arm}.yaml"
+    tree = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    common = {key: value for key, value in tree["stages"][0].items() if key not in ("kl", "ce")}
+    tree["stages"].insert(0, common | LAYERS)
+    recipe = parse_recipe(yaml.safe_dump(tree), [*own, *settings.overrides.get("distill", ())], str(path))
     (stage,) = (stage for stage in recipe.stages if stage.name == kind)
     changes: dict[str, Any] = {}
     if decision:
