@@ -440,6 +440,17 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
     assert command.main([*words, "--threads", "2"]) == 2 and "was begun with threads 1" in capsys.readouterr().err
 
 
+def test_other_solutions_are_sampled_than_before(inputs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["sample", "source", "FILE", "gsm8k=gsm8k", "--engine", "transformers", "--max-tokens", "4"]
+    rows = {}
+    for skip in (0, 3):
+        words[2] = f"after_{skip}.jsonl"
+        assert command.main([*words, "--skip", str(skip)]) == 0
+        rows[skip] = [json.loads(line)["prompt_ids"] for line in Path(words[2]).read_text().splitlines()]
+    assert len(rows[0]) > 3 and rows[3] == rows[0][3:]
+
+
 def test_the_source_is_written_once_to_the_last_bit(inputs, tmp_path):
     assert command.main(["source", str(tmp_path / "source"), str(tmp_path / "copy")]) == 0
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("copy", "source"))

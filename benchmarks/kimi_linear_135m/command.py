@@ -83,6 +83,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--until", choices=STAGES, default="rlvr")
     parser.add_argument("--engine", choices=("auto", "vllm", "transformers"), default="auto")
     parser.add_argument("--sample-seconds", type=float, default=90.0, help="of sampling from the source; 0: none")
+    parser.add_argument("--sample-skip", type=int, default=0, help="solutions that an earlier distillation had already")
     parser.add_argument(
         "--layers-share", type=float, default=LAYERS_SHARE, help="of the time for a `layers` stage first. Default: none"
     )
@@ -127,8 +128,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
         threads=args.threads or before.get("threads") or max(1, min(12, cores // 4)),
         arms=arms,
         seeds=tuple(int(word) for word in _list(args.seeds, "--seeds")), until=args.until, engine=args.engine,
-        sample_s=args.sample_seconds, layers_share=args.layers_share, k=args.k, max_tokens=args.max_tokens,
-        limit=args.limit, scores=args.scores, start=split_start(args.start, arms), source_too=args.source_too,
+        sample_s=args.sample_seconds, sample_skip=args.sample_skip, layers_share=args.layers_share,
+        k=args.k, max_tokens=args.max_tokens, limit=args.limit, scores=args.scores,
+        start=split_start(args.start, arms), source_too=args.source_too,
         overrides=split_overrides(args.overrides), kept=old,
     )  # fmt: skip
     for key in ("steps", "started", "seconds", "cards"):

@@ -63,6 +63,7 @@ class Settings:
     until: str = "rlvr"
     engine: str = "auto"
     sample_s: float = 90.0
+    sample_skip: int = 0
     layers_share: float = LAYERS_SHARE  # of the time, for the `layers` stage; 0: there is none
     k: int = 4
     max_tokens: int = 512
@@ -203,6 +204,7 @@ class Planner:
             file = f"samples_{part}.jsonl"
             command = worker("sample", s.model, file, *self._sets("gsm8k", "math"), "--engine", s.engine)
             command += ["--seconds", str(s.sample_s), "--part", f"{part}/{self.sample_parts}"]
+            command += ["--skip", str(s.sample_skip)] if s.sample_skip else []
             step = Step(f"sample_{part}", command, ENGINE_S + s.sample_s, exported, load=0.5, start_s=ENGINE_S, gib=14,
                         threads=s.threads, makes=file)  # fmt: skip
             steps.append(step)

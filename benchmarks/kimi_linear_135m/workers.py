@@ -193,6 +193,7 @@ def sample(arguments: list[str]) -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("sets", nargs="+")
     parser.add_argument("--part", default="0/1", help="I/N: of the solutions those with number I, I + N, I + 2N...")
+    parser.add_argument("--skip", type=int, default=0, help="of the solutions, before they are divided")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--max-tokens", type=int, default=320)
@@ -218,7 +219,7 @@ def sample(arguments: list[str]) -> None:
         order = random.Random(draw).sample(range(len(prompts)), len(prompts))
         asked += [(f"{name}-{draw}", i, prompts[i]) for i in order if len(prompts[i]) <= args.longest_prompt]
     part, parts = map(int, args.part.split("/"))
-    asked = asked[part::parts]
+    asked = asked[args.skip :][part::parts]
     threads = int(os.environ.get("OMP_NUM_THREADS", 1))
     engine = open_engine(args.model, args.engine, args.longest_prompt + args.max_tokens + 1, threads)
     start, lines, tokens = time.perf_counter(), [], 0
