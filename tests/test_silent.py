@@ -20,13 +20,12 @@ def mostly_uniform(pairs):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"packing": "shared_prompt", "pack_tokens": 60, "scale_rewards": "group"},
         {"updates_per_step": 2, "micro_batch_size": 24, "loss_type": "grpo"},
         {"ptx": {"batch_size": 2, "weight": 0.5}, "importance_sampling": {"mode": "sequence_mask", "cap": 9.0}},
         {"max_staleness": 1, "steps": 3},
     ],
-    ids=["one pack", "shared prompts", "several updates", "supervised", "ahead"],
+    ids=["shared prompts", "several updates", "supervised", "ahead"],
 )
 def test_the_same_run_from_fewer_tokens(step, monkeypatch, settings):
     settings = {"steps": 2, "learning_rate": 1e-3, "prompts_per_step": 12, "group_size": 4} | settings
