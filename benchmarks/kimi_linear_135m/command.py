@@ -137,8 +137,9 @@ def make_settings(args: argparse.Namespace) -> Settings:
         settings.kept.pop(key, None)  # the scheduler's own
     now = {key: getattr(settings, key) for key in LASTING}
     for key in LASTING:
-        if before and before.get(key, now[key]) != now[key]:
-            raise InputError(f"--out {out}: was begun with {key} {before[key]!r}, now {now[key]!r}; take a new folder")
+        was = before.get(key)
+        if before and was != now[key]:
+            raise InputError(f"--out {out}: was begun with {key} {was!r}, now {now[key]!r}; take a new folder")
     settings.kept["settings"] = now
     check_settings(settings)
     return settings
@@ -165,7 +166,7 @@ def split_overrides(words: Sequence[str]) -> dict[str, list[str]]:
 
 
 def split_start(words: Sequence[str], arms: Sequence[str]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for word in words:
         arm, equal, folder = word.partition("=")
         if not equal or arm not in arms or arm in found:

@@ -12,12 +12,12 @@ Follows `fla.ops.kda.chunk.ChunkKDAFunction` of fla-core 0.6, whose parts it cal
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 
 from kimi_rl.kernels.dispatch import choose
 from kimi_rl.kernels.segments import Segments
+from kimi_rl.switches import is_on
 
 ENV = "KIMI_RL_KDA_SHARED"  # 0: two calls of `chunk_kda`
 CHUNK = 64
@@ -25,7 +25,7 @@ CHUNK = 64
 
 def runs_in_one_pass(q: torch.Tensor) -> bool:
     """Where `kda_chunk` would take fla, with the version whose parts are known here."""
-    return choose("kda_chunk", q, has_fla=True) == "fla" and os.environ.get(ENV, "1") != "0" and _known_fla()
+    return choose("kda_chunk", q, has_fla=True) == "fla" and is_on(ENV) and _known_fla()
 
 
 @functools.cache

@@ -9,7 +9,6 @@ worked out between it and the loss. Of the work of a forward three times (a back
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,10 +24,6 @@ class OnePass:
 
     one_pass = False  # whether the current rollout batch is trained on without a pass before the update
     _open: dict[str, Any] | None = None  # the micro-batch whose loss is being computed
-
-    @staticmethod
-    def one_pass_allowed() -> bool:
-        return os.environ.get(SWITCH, "1") != "0"
 
     @contextlib.contextmanager
     def scoring(self, one_pass: bool) -> Iterator[None]:

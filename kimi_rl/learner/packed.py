@@ -55,6 +55,11 @@ class _Turns:
     number: int = 0
 
     @property
+    def last(self) -> bool:
+        """Whether it is the last pack's turn, after which all is known."""
+        return self.number == len(self.groups) - 1
+
+    @property
     def scored(self) -> int:
         """Tokens of all packs."""
         return sum(len(sample.completion) for group in self.groups for sample in group or ())
@@ -151,7 +156,7 @@ class PackedLogps:
         groups = self._planned(*whole_rows(inputs), run) or [None]
         self._turns = turns = _Turns(groups, known, torch.zeros_like(known), run)
         try:
-            while turns.number < len(turns.groups) - 1:
+            while not turns.last:
                 with self._unrecorded():
                     loss = self.policy_loss(model, inputs)
                 self.accelerator.backward(loss)
@@ -187,7 +192,7 @@ class PackedLogps:
         if entropies is not None:
             entropies = turns.entropies.index_put(places, entropies)
             turns.entropies = entropies.detach()
-            if turns.run is not None:
+            if turns.run is not None and turns.last:
                 entropies = fill_left_out(entropies, turns.run.to(entropies.device), turns.scored)
         return logps, entropies
 

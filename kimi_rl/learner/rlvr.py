@@ -14,12 +14,14 @@ import torch
 from torch.utils.data import Sampler
 
 from kimi_rl.learner.controllers import Controllers
+from kimi_rl.learner.one_pass import SWITCH as ONE_PASS
 from kimi_rl.learner.one_pass import OnePass
 from kimi_rl.learner.packed import PackedLogps, PackingSettings
 from kimi_rl.learner.packing import whole_rows
 from kimi_rl.learner.ptx import PTXStream
 from kimi_rl.learner.reward import RecipeReward
-from kimi_rl.learner.silent import ALWAYS, rows_to_run, skipping_allowed
+from kimi_rl.learner.silent import ALWAYS, rows_to_run
+from kimi_rl.learner.silent import SWITCH as SKIP_SILENT
 from kimi_rl.learner.stage import CheckpointNames, StageContext
 from kimi_rl.learner.trl_trainers import GRPOConfig, GRPOTrainer, add_fused_lm_head
 from kimi_rl.mismatch import Mismatch, MismatchBar, measure_mismatch
@@ -30,6 +32,7 @@ from kimi_rl.rewards.shaping import k15_length_rewards
 from kimi_rl.rollout.batches import RolloutBatch, RolloutQueue
 from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.seeds import derive_seed
+from kimi_rl.switches import is_on
 
 STATUSES = ("correct", "wrong", "no_answer", "unparseable_gold", "timeout", "crashed")
 
@@ -146,7 +149,7 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
         self._reward.expect(shaped_rewards(batch, weight), batch.verdicts)
         if self.rlvr.beta > 0 and self.rlvr.loss_type != "k15":
             self.beta = self.controllers.kl_coefficient
-        one_pass = self.controllers.updates == 1 and self.one_pass_allowed()
+        one_pass = self.controllers.updates == 1 and is_on(ONE_PASS)
         with self.scoring(one_pass):
             output = super()._generate_and_score_completions(batch.rows)
         ages = [[version - drawn for drawn in completion.token_versions()] for completion in batch.completions]
@@ -302,7 +305,7 @@ class RLVRLearner(CheckpointNames, OnePass, PackedLogps, GRPOTrainer):
 
     def rows_that_count(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """With a KL term, and in K1.5's loss, every completion counts."""
-        if self.rlvr.beta > 0 or self.rlvr.loss_type == "k15" or not skipping_allowed():
+        if self.rlvr.beta > 0 or self.rlvr.loss_type == "k15" or not is_on(SKIP_SILENT):
             return None
         return rows_to_run(inputs["advantages"])
 

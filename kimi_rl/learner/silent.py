@@ -7,16 +7,10 @@ and among the rewards; only their forward and backward are spared. `KIMI_RL_SKIP
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 SWITCH = "KIMI_RL_SKIP_SILENT"
 ALWAYS = 16  # the first rows of a micro-batch, run in any case: entropy, mismatch and drift are measured on them, too
-
-
-def skipping_allowed() -> bool:
-    return os.environ.get(SWITCH, "1") != "0"
 
 
 def rows_to_run(advantages: torch.Tensor, always: int = ALWAYS) -> torch.Tensor:

@@ -11,8 +11,9 @@ is reached. What is scheduled, and every token, is the same.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
+
+from kimi_rl.switches import is_on
 
 SWITCH = "KIMI_RL_FAST_ALLOCATE"
 
@@ -34,7 +35,7 @@ def install() -> None:
     """
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
 
-    on = os.environ.get(SWITCH, "1") != "0"
+    on = is_on(SWITCH)
     if hasattr(KVCacheManager.allocate_slots, "skipped"):
         KVCacheManager.allocate_slots.on = on
         return

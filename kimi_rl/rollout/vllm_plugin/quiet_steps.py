@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from typing import Any
 
 from kimi_rl.rollout.vllm_plugin.lean_logprobs import LeanLists
+from kimi_rl.switches import is_on
 
 SWITCH = "KIMI_RL_QUIET_STEPS"
 
@@ -94,7 +94,7 @@ class _Held:
 def _unusual(scheduler: Any, scheduler_output: Any, model_runner_output: Any) -> bool:
     """Whether tokens may mean more than their requests' next tokens."""
     return bool(
-        os.environ.get(SWITCH, "1") == "0"
+        not is_on(SWITCH)
         or scheduler.kv_cache_manager.enable_caching  # every full block must be registered
         or scheduler_output.scheduled_spec_decode_tokens
         or model_runner_output.kv_connector_output

@@ -12,7 +12,6 @@ engine that starts with both of them off has vLLM's sampler as it is.
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from kimi_rl.kernels.dispatch import fla_installed
 from kimi_rl.kernels.keyed_draw import keyed_draw
 from kimi_rl.rollout.vllm_plugin import lean_logprobs, quiet_steps
 from kimi_rl.rollout.vllm_plugin.lean_logprobs import LeanLogprobs
+from kimi_rl.switches import is_on
 
 log = logging.getLogger(__name__)
 
@@ -40,9 +40,9 @@ class HostPath:
     def request_arguments(self, seed: int, greedy: bool) -> dict[str, Any]:
         """Arguments of `vllm.SamplingParams` for a request that wants its sampled tokens' log-probs."""
         extra: dict[str, Any] = {}
-        if self.lean and _on(LEAN_SWITCH):
+        if self.lean and is_on(LEAN_SWITCH):
             extra[lean_logprobs.MARK] = True
-        keyed = self.keyed and not greedy and _on(KEYED_SWITCH)
+        keyed = self.keyed and not greedy and is_on(KEYED_SWITCH)
         if keyed:
             extra[SEED] = seed
         return {"logprobs": 0, "seed": None if keyed else seed, "extra_args": extra or None}
@@ -50,7 +50,7 @@ class HostPath:
 
 def attach(llm: Any) -> HostPath:
     """Put the front before the sampler of `llm` (a `vllm.LLM` in this process). Plain vLLM where that is impossible."""
-    if not _on(LEAN_SWITCH) and not _on(KEYED_SWITCH):
+    if not is_on(LEAN_SWITCH) and not is_on(KEYED_SWITCH):
         return HostPath()
     try:
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -73,10 +73,6 @@ def attach(llm: Any) -> HostPath:
     except (AttributeError, ImportError) as error:
         log.warning("log-probs and seeds take vLLM's own, slower way: this vLLM is built otherwise (%s)", error)
         return HostPath()
-
-
-def _on(switch: str) -> bool:
-    return os.environ.get(switch, "1") != "0"
 
 
 class SamplerFront:

@@ -20,9 +20,10 @@ import dataclasses
 import functools
 import itertools
 import logging
-import os
 from collections.abc import Callable
 from typing import Any
+
+from kimi_rl.switches import is_on
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ class Steady:
 
 def install() -> None:
     """Put it before vLLM's tables of blocks; call again after turning the switch. Plain vLLM where impossible."""
-    Steady.on = os.environ.get(SWITCH, "1") != "0"
+    Steady.on = is_on(SWITCH)
     try:
         from vllm.v1.worker.block_table import BlockTable
 
