@@ -402,14 +402,16 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
     assert {name for name, status in states.items() if status != "done"} == scored
     assert "svamp" in read_state(out)["steps"]["score_source"]["error"]
     sft = out / "compare/runs/hybrid/seed_0/stages/0_sft/model/model.safetensors"
-    before = sft.read_bytes()
+    scored_first = out / "scores/source_gsm8k.json"  # with the seconds that it took
+    before = {path: path.read_bytes() for path in (sft, scored_first)}
 
     (tmp_path / "svamp").rmdir()
     (tmp_path / "away").rename(tmp_path / "svamp")
     here.clear()
     assert command.main(words) == 0, capsys.readouterr().out
     assert set(here) == {*scored, "run_hybrid_0", "score_rlvr_hybrid_0"}
-    assert sft.read_bytes() == before  # the run went on after its SFT
+    # The run went on after its SFT, and what was scored already is not scored again.
+    assert {path: path.read_bytes() for path in before} == before
 
     found = json.loads((out / "results.json").read_text())
     assert {row["status"] for row in found["steps"].values()} == {"done"}
