@@ -1,7 +1,8 @@
 """Where compiled kernels and their tuning are kept, so that a second start is quick.
 
-fla's kernels are Triton's, and keep what autotuning found in Triton's cache; FlexAttention's are TorchInductor's. Both
-read their folders from the environment, once, when first imported: so it is set for a process before it starts.
+fla's kernels are Triton's, and keep what autotuning found in Triton's cache; FlexAttention's are TorchInductor's; vLLM
+keeps what it compiled of a model in a folder of its own. All read their folders from the environment, once, when first
+imported: so it is set for a process before it starts.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from kimi_rl.errors import InputError
 
 ENV = "KIMI_RL_KERNEL_CACHE"
 TUNED = Path(__file__).parent / "tuned"
+SAME_CHIP = {"nvidia_h200": "nvidia_h100_80gb_hbm3"}  # with another memory
 
 
 def cache_environment(folder: str | None = None) -> dict[str, str]:
@@ -38,6 +40,7 @@ def cache_environment(folder: str | None = None) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(root / "triton"),
         "TRITON_CACHE_AUTOTUNING": "1",  # also what kernels outside fla were tuned to
         "TORCHINDUCTOR_CACHE_DIR": str(root / "inductor"),
+        "VLLM_CACHE_ROOT": str(root / "vllm"),
     }
 
 
@@ -49,5 +52,6 @@ def tuned_environment(cards: Sequence[str]) -> dict[str, str]:
     """
     if len(set(cards)) != 1 or {"FLA_CONFIG_DIR", "FLA_CACHE_MODE"} & set(os.environ):
         return {}
-    folder = TUNED / re.sub(r"[^a-z0-9]+", "_", cards[0].lower()).strip("_")
+    name = re.sub(r"[^a-z0-9]+", "_", cards[0].lower()).strip("_")
+    folder = TUNED / SAME_CHIP.get(name, name)
     return {"FLA_CONFIG_DIR": str(folder), "FLA_CACHE_MODE": "full"} if folder.is_dir() else {}

@@ -23,6 +23,7 @@ def test_the_cache_folder_comes_from_the_recipe_or_the_environment(tmp_path, mon
     found = worker_environment(str(tmp_path / "recipe"))
     assert found["TRITON_CACHE_DIR"] == str(tmp_path / "recipe" / "triton")
     assert found["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "recipe" / "inductor")
+    assert found["VLLM_CACHE_ROOT"] == str(tmp_path / "recipe" / "vllm")
     assert (tmp_path / "recipe").is_dir()
 
 
@@ -35,6 +36,7 @@ def test_a_known_card_gets_its_tuning_unless_the_environment_has_its_own(monkeyp
     for file in files:
         entry = json.loads(file.read_text())
         assert entry["kernel_name"] == file.stem and entry["default_config"]["num_warps"] in (1, 2, 4, 8, 16, 32)
+    assert tuned_environment(["NVIDIA H200"]) == found
     for cards in ([], ["NVIDIA A100-SXM4-80GB"], ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB"]):
         assert tuned_environment(cards) == {}
     monkeypatch.setenv("FLA_CACHE_MODE", "disabled")
