@@ -29,6 +29,14 @@ class Estimate:
     bootstrap: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class PairedGain:
+    """A mean change over problems that were measured twice, and its 95 % interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+
 def estimate(per_problem: np.ndarray, samples: int = 1, seed: int = 0) -> Estimate:
     """The mean of one value per problem [n], each the mean of `samples` answers (1: a figure of the whole problem)."""
     values = np.asarray(per_problem, dtype=np.float64)
@@ -88,6 +96,18 @@ def bootstrap_interval(
     drawn = np.random.default_rng(seed).integers(0, n, size=(resamples, n))
     low, high = np.quantile(per_problem[drawn].mean(axis=1), (0.025, 0.975))
     return float(low), float(high)
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> PairedGain:
+    """How much the mean of one value in [0, 1] per problem [n] changed, with problems as the independent units.
+
+    Student's t over the differences, in which what makes a problem easy or hard cancels. One pseudo-problem with the
+    largest change keeps the interval honest where few problems changed.
+    """
+    change = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
+    n, mean = len(change), float(change.mean())
+    half = t_quantile(n - 1) * math.sqrt((((change - mean) ** 2).sum() + 1) / n**2)
+    return PairedGain(mean, (max(mean - half, -1.0), min(mean + half, 1.0)))
 
 
 def t_quantile(degrees: int) -> float:

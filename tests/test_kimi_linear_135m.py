@@ -430,7 +430,9 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
         assert (stage["texts"] == "samples.jsonl") == (kind == "logits")
         assert found["probes"]["hybrid"][kind]["step_s"] > 0
     assert found["samples"]["rows"] == len((out / "samples.jsonl").read_text().splitlines()) > 0
-    assert set(found["training"]["hybrid_0"]["stages"]) == {"sft", "rlvr"}
+    stages = found["training"]["hybrid_0"]["stages"]
+    assert set(stages) == {"sft", "rlvr"} and set(stages["rlvr"]["gains"]) == {"greedy", "avg"}
+    assert all(gain["interval"][0] <= gain["value"] <= gain["interval"][1] for gain in stages["rlvr"]["gains"].values())
     assert found["conversion"]["hybrid"]["perplexity"]["source"] > 1
     assert found["comparison"] is None  # of one arm
     here.clear()

@@ -306,6 +306,35 @@ def test_text_summary(complete):
     assert "  Mismatch KL: 6.0e-04 (worst step; median 3.1e-04)" in text.splitlines()
 
 
+def answers(right: int, of: int = 100, shares: bool = True) -> list[dict]:
+    rows = [{"question": f"{i}?", "status": "correct" if i < right else "wrong"} for i in range(of)]
+    return [row | {"solved_share": 0.25 * (row["status"] == "correct")} for row in rows] if shares else rows
+
+
+def test_what_a_stage_changed_has_an_interval_of_its_own(complete):
+    """Between answers to the same problems, where both evaluations' are on disk: here SFT's last and RLVR's last."""
+    evals = [row for row in complete.read_metrics() if row["type"] == "eval" and row["when"] == "after"]
+    assert [row["stage"] for row in evals] == ["sft", "rlvr"]
+    for row in evals:
+        accuracy = round(100 * row["held_out_accuracy"])
+        complete.append_metrics(row | {"k": 4, "avg_at_k": row["held_out_accuracy"] / 4, "avg_at_k_se": 0.01})
+        complete.write_rollouts(f"{row['stage']}_eval_after", row["step"], answers(accuracy))
+    text = render_text_summary(complete.path).splitlines()[2]
+    # 25 of 100 changed from wrong to right: the mean change is 25 points, its standard error sqrt(19.75) / 100.
+    assert "25.0% ± 4.0% -> 50.0% ± 4.0%  (+25.0 pp, 95 %: +16.2 to +33.8)" in text
+    assert "avg@4 6.2% ± 1.0% -> 12.5% ± 1.0%  (+6.2 pp, 95 %: +3.3 to +9.2)" in text
+    shown = page(complete).text
+    assert "+25.0 pp , 95 %: +16.2 to +33.8" in shown and "+6.2 pp, 95 %: +3.3 to +9.2" in shown
+
+    # Answers to other problems, none at all, or a damaged file: the change alone.
+    after = evals[1]["step"]
+    for rows in (answers(50, of=99), [row | {"question": "other"} for row in answers(50)]):
+        complete.write_rollouts("rlvr_eval_after", after, rows)
+        assert "(+25.0 pp)" in render_text_summary(complete.path)
+    complete.rollouts_path("rlvr_eval_after", after).write_bytes(b"nothing that can be read")
+    assert "(+25.0 pp)" in render_text_summary(complete.path)
+
+
 def test_text_summary_of_a_failed_and_of_an_empty_run(run):
     assert render_text_summary(run.path).splitlines()[1] == "  sft   sft   step 0/3"
     run.write_summary({"status": "failed", "error": "the engine died"})

@@ -12,6 +12,7 @@ from kimi_rl.statistics import (
     clustered_interval,
     estimate,
     majority,
+    paired_gain,
     pass_at_k,
     standard_error,
     t_quantile,
@@ -175,3 +176,25 @@ def test_estimate_is_repeatable_and_its_bootstrap_is_near_the_normal_interval():
     assert found == estimate(values, samples=4, seed=3)
     assert found.se == pytest.approx(values.std(ddof=1) / 20)
     assert found.bootstrap == pytest.approx((found.value - Z95 * found.se, found.value + Z95 * found.se), abs=0.004)
+
+
+def test_the_interval_of_a_gain_holds_it_and_is_narrower_than_two_evaluations_apart():
+    random = np.random.default_rng(0)
+    for gain, n in ((0.0, 100), (0.05, 300), (0.0, 300)):
+        hits, widths, apart = 0, [], []
+        for _ in range(1000):
+            ease = random.beta(0.3, 2.0, n)  # most problems are hard
+            before, after = random.random(n) < ease, random.random(n) < ease + gain * (1 - ease)
+            found = paired_gain(before, after)
+            assert found.value == pytest.approx(after.mean() - before.mean())
+            hits += found.interval[0] <= (gain * (1 - ease)).mean() <= found.interval[1]
+            widths.append(found.interval[1] - found.interval[0])
+            apart.append(2 * Z95 * np.hypot(standard_error(before * 1.0), standard_error(after * 1.0)))
+        assert 0.94 <= hits / 1000 <= 0.99, (gain, n, hits)
+        assert np.mean(widths) < 0.9 * np.mean(apart)
+
+
+def test_a_gain_of_problems_that_all_stayed_is_not_certain():
+    found = paired_gain([0.0, 1.0] * 50, [0.0, 1.0] * 50)
+    assert found.value == 0.0 and found.interval[0] == -found.interval[1] == pytest.approx(-0.0198, abs=1e-4)
+    assert paired_gain([0.0], [1.0]).interval[1] == 1.0

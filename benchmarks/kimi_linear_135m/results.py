@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,9 @@ def distillation(run: RunDir) -> dict[str, Any] | None:
 
 
 def _training(settings: Settings) -> dict[str, Any]:
-    """Tokens and seconds of the stages of every finished tuning run."""
+    """Tokens and seconds of the stages of every tuning run, and what each changed in accuracy."""
     from kimi_rl.compare.curves import read_stages
+    from kimi_rl.report.report import describe_run
 
     folders = {"source_sft": "runs/source_sft"}
     folders |= {f"{arm}_{seed}": run_folder(arm, seed) for arm in settings.arms for seed in settings.seeds}
@@ -118,6 +120,7 @@ def _training(settings: Settings) -> dict[str, Any]:
     for name, folder in folders.items():
         run = RunDir(settings.out / folder)
         stages = {}
+        gains = {stage["name"]: stage["gains"] for stage in describe_run(run)["stages"]} if run.read_metrics() else {}
         for stage, curves in read_stages(run).items() if run.read_metrics() else ():
             if len(curves.train["seconds"]):
                 stages[stage] = {
@@ -125,6 +128,7 @@ def _training(settings: Settings) -> dict[str, Any]:
                     "tokens": curves.train["tokens"][-1],
                     "step_seconds": curves.train["seconds"][-1],
                     "mean_step_s": curves.train["seconds"][-1] / len(curves.train["seconds"]),
+                    "gains": {kind: asdict(gain) for kind, gain in gains.get(stage, {}).items()},
                 }
         if stages:
             found[name] = {"status": run.summary().get("status", "cut off"), "stages": stages}

@@ -14,9 +14,11 @@ from typing import Any, TypeVar
 from kimi_rl.errors import InputError
 from kimi_rl.progress import duration
 from kimi_rl.report.charts import stage_charts
+from kimi_rl.report.gain import stage_gains
 from kimi_rl.report.page import render_page
 from kimi_rl.report.samples import stage_samples
 from kimi_rl.run_dir import RunDir, atomic_write_text
+from kimi_rl.statistics import PairedGain
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -33,7 +35,7 @@ def write_report(run_dir: Path) -> Path:
         for chart in stage["charts"]:
             chart["number"] = len(figures)
             figures.append(chart.pop("figure"))
-    filters = {"percent": percent, "points": points, "duration": duration}
+    filters = {"percent": percent, "points": points, "between": between, "duration": duration}
     page = render_page(Path(__file__).with_name("page.html"), figures, filters, run=run)
     target = Path(run_dir) / "report.html"
     # Lone surrogates, which a broken completion may hold, are no UTF-8.
@@ -54,12 +56,16 @@ def render_text_summary(run_dir: Path) -> str:
         text = f"  {stage['name']:<{width}}  {stage['kind']:<4}  step {stage['step']}/{stage['total'] or '?'}"
         if found := stage["perplexity"]:
             text += f"  perplexity {found['before']:.3f} -> {found['after']:.3f} (teacher {found['teacher']:.3f})"
+        gains = stage["gains"]
         if before or after:
             text += f"  held-out {_with_se(before)} -> {_with_se(after)}"
         if stage["change"] is not None:
-            text += f"  ({points(stage['change'])})"
+            text += f"  ({points(stage['change'])}{between(gains.get('greedy'))})"
         if after and after["avg"] is not None:
-            text += f"  avg@{after['k']} {percent(after['avg'])} ± {percent(after['avg_se'])}"
+            first = f"{percent(before['avg'])} ± {percent(before['avg_se'])} -> " if "avg" in gains else ""
+            text += f"  avg@{after['k']} {first}{percent(after['avg'])} ± {percent(after['avg_se'])}"
+        if "avg" in gains:
+            text += f"  ({points(gains['avg'].value)}{between(gains['avg'])})"
         lines.append(text + (f"  {duration(stage['seconds'])}" if stage["seconds"] else ""))
     lines += [f"  {name}: {value} ({more})" for name, value, more in run["cards"]]
     lines += [f"  warning: {warning}" for warning in run["warnings"]]
@@ -87,7 +93,7 @@ def describe_run(run: RunDir, with_details: bool = False) -> dict[str, Any]:
         own = [row for row in rows if row["stage"] == name]
         stage = _describe_stage(name, recipe_stage, own, summary, previous)
         previous = stage["after"] or previous
-        stage |= {"charts": [], "samples": []}
+        stage |= {"charts": [], "samples": [], "gains": stage_gains(run, stage["before"], stage["after"])}
         if with_details:
             stage["charts"] = [
                 {"title": c.title, "note": c.note, "figure": c.figure}
@@ -175,6 +181,9 @@ def _evaluation(rows: list[Row]) -> dict[str, Any] | None:
         "avg_se": row.get("avg_at_k_se"),
         "k": row.get("k"),
         "n": row.get("n"),
+        "stage": row["stage"],
+        "when": row.get("when"),
+        "step": row["step"],
         "label": f"greedy, so far (step {row['step']})" if inside else "greedy",
     }
 
@@ -255,6 +264,11 @@ def percent(value: float | None) -> str:
 def points(value: float) -> str:
     """A difference of two shares, in percentage points."""
     return f"{100 * value:+.1f} pp"
+
+
+def between(gain: PairedGain | None) -> str:
+    """The interval of a change, to stand behind it."""
+    return "" if gain is None else ", 95 %: {:+.1f} to {:+.1f}".format(*(100 * end for end in gain.interval))
 
 
 def _with_se(evaluation: dict[str, Any] | None) -> str:
