@@ -57,7 +57,7 @@ def figure(panel: Panel) -> dict[str, Any]:
         )  # fmt: skip
     y_axis: dict[str, Any] = {"title": {"text": panel.y_label}} if panel.y_label else {}
     if panel.percent:
-        y_axis["tickformat"] = ".0%"
+        y_axis["tickformat"] = ".2~%"  # as many decimals as tell the ticks apart, at most two
     if panel.log:
         y_axis |= {"type": "log", "exponentformat": "power"}
     x_axis: dict[str, Any] = {"title": {"text": panel.x_label}}
@@ -74,6 +74,7 @@ def figure(panel: Panel) -> dict[str, Any]:
 def write_png(target: Path, panels: list[Panel], title: str) -> None:
     """The panels as one picture."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
     columns = 3
     rows = max(1, -(-len(panels) // columns))
@@ -103,7 +104,7 @@ def write_png(target: Path, panels: list[Panel], title: str) -> None:
         axes.tick_params(labelsize=7)
         axes.grid(alpha=0.25)
         if panel.percent:
-            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         if panel.log:
             axes.set_yscale("log")
         if panel.log_x:

@@ -193,7 +193,7 @@ def _accuracy(train: Sequence[Row], evals: Sequence[Row]) -> Chart | None:
             traces.append(trace)
     if not traces:
         return None
-    layout = {"yaxis": {"tickformat": ".0%", "rangemode": "tozero"}}
+    layout = {"yaxis": {"tickformat": ".2~%", "rangemode": "tozero"}}
     return Chart("Accuracy", "bars: one standard error", {"data": traces, "layout": _layout(layout)})
 
 
@@ -245,7 +245,7 @@ def _lines(lines: Lines, rows: Sequence[Row], bar: float | None = None) -> Chart
         values.append(bar)
     axis: dict[str, Any] = {"title": {"text": lines.axis}} if lines.axis else {}
     if lines.percent:
-        axis |= {"tickformat": ".0%", "rangemode": "tozero"}
+        axis |= {"tickformat": ".2~%", "rangemode": "tozero"}
     if lines.from_zero:
         # Not plotly's "tozero", which draws a small constant on an axis from -1 to 1.
         axis["range"] = [0, 1.1 * max(values) or 1]
