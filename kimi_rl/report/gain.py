@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from kimi_rl.run_dir import RunDir
 from kimi_rl.statistics import PairedGain, paired_gain
 
@@ -37,6 +34,9 @@ def _only(values: list, kept: list[bool]) -> list:
 
 
 def _answers(run: RunDir, evaluation: dict[str, Any]) -> dict[str, list] | None:
+    import pyarrow as pa  # not with the module: the terminal's commands start without it
+    import pyarrow.parquet as pq
+
     path = run.rollouts_path(f"{evaluation['stage']}_eval_{evaluation['when']}", evaluation["step"])
     try:
         table = pq.read_table(path)
