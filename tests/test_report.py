@@ -306,9 +306,11 @@ def test_text_summary(complete):
     assert "  Mismatch KL: 6.0e-04 (worst step; median 3.1e-04)" in text.splitlines()
 
 
-def answers(right: int, of: int = 100, shares: bool = True) -> list[dict]:
-    rows = [{"question": f"{i}?", "status": "correct" if i < right else "wrong"} for i in range(of)]
-    return [row | {"solved_share": 0.25 * (row["status"] == "correct")} for row in rows] if shares else rows
+def answers(right: int, of: int = 100) -> list[dict]:
+    return [
+        {"question": f"{i}?", "status": "correct" if i < right else "wrong", "solved_share": 0.25 * (i < right)}
+        for i in range(of)
+    ]
 
 
 def test_what_a_stage_changed_has_an_interval_of_its_own(complete):

@@ -119,16 +119,18 @@ def _training(settings: Settings) -> dict[str, Any]:
     found = {}
     for name, folder in folders.items():
         run = RunDir(settings.out / folder)
+        if not run.read_metrics():
+            continue
         stages = {}
-        gains = {stage["name"]: stage["gains"] for stage in describe_run(run)["stages"]} if run.read_metrics() else {}
-        for stage, curves in read_stages(run).items() if run.read_metrics() else ():
+        gains = {stage["name"]: stage["gains"] for stage in describe_run(run)["stages"]}
+        for stage, curves in read_stages(run).items():
             if len(curves.train["seconds"]):
                 stages[stage] = {
                     "steps": int(curves.train["step"][-1]),
                     "tokens": curves.train["tokens"][-1],
                     "step_seconds": curves.train["seconds"][-1],
                     "mean_step_s": curves.train["seconds"][-1] / len(curves.train["seconds"]),
-                    "gains": {kind: asdict(gain) for kind, gain in gains.get(stage, {}).items()},
+                    "gains": {kind: asdict(gain) for kind, gain in gains[stage].items()},
                 }
         if stages:
             found[name] = {"status": run.summary().get("status", "cut off"), "stages": stages}

@@ -264,12 +264,12 @@ def score(arguments: list[str]) -> None:
     from kimi_rl.run_dir import atomic_write_text, gpu_names
     from kimi_rl.standalone import evaluate_model
 
-    files = {name: Path("scores") / f"{args.name}_{name}.json" for name in named_paths(args.sets)}
-    missing = {name: path for name, path in named_paths(args.sets).items() if not files[name].is_file()}
+    sets = [(name, path, Path("scores") / f"{args.name}_{name}.json") for name, path in named_paths(args.sets).items()]
+    missing = [row for row in sets if not row[2].is_file()]
     if not missing:
         return
     engine = open_engine(args.model, args.engine, args.longest_prompt + args.max_tokens, args.threads)
-    for name, path in missing.items():
+    for name, path, target in missing:
         start = time.perf_counter()
         figures, records = evaluate_model(
             args.model, path, [], limit=args.limit, k=args.k, temperature=1.0, max_tokens=args.max_tokens,
@@ -279,7 +279,6 @@ def score(arguments: list[str]) -> None:
         words = ["kimi-rl", "eval", args.model, "--data", path, "--k", args.k, "--max-tokens", args.max_tokens]
         equal = " ".join(map(str, [*words, "--engine", resolve_engine(args.engine), *more]))
         figures |= {"command": equal, "cards": gpu_names(), "seconds": time.perf_counter() - start}
-        target = files[name]
         target.parent.mkdir(exist_ok=True)
         atomic_write_text(target.with_suffix(".jsonl"), "".join(json.dumps(record) + "\n" for record in records))
         atomic_write_text(target, json.dumps(figures, indent=2) + "\n")

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from kimi_rl.compare.statistics import common_grid
+from kimi_rl.report.answers import read_answers
 from kimi_rl.run_dir import RunDir
 
 AXES = ("step", "tokens", "seconds")
@@ -82,17 +83,13 @@ def _column(rows: list[dict[str, Any]], key: str) -> np.ndarray:
 def _solved(run: RunDir, stage: str, evals: list[dict[str, Any]]) -> tuple[np.ndarray | None, list[str]]:
     columns, questions = [], []
     for row in evals:
-        path = run.rollouts_path(f"{stage}_eval_{row.get('when')}", row["step"])
-        if not path.is_file():
+        answers = read_answers(run, stage, row.get("when"), row["step"], row.get("held_out_accuracy"))
+        if answers is None:
             return None, questions
-        table = pq.read_table(path, columns=["question", "status"]).to_pydict()
-        measured = [status != "unparseable_gold" for status in table["status"]]
-        right = [status == "correct" for status, kept in zip(table["status"], measured, strict=True) if kept]
-        questions = questions or table["question"]
-        accuracy = row.get("held_out_accuracy")
-        if accuracy is None or table["question"] != questions or abs(np.mean(right) - accuracy) > 1e-9:
+        questions = questions or answers.questions
+        if answers.right is None or answers.questions != questions:
             return None, questions
-        columns.append(right)
+        columns.append(answers.right)
     if not columns or len({len(column) for column in columns}) != 1:
         return None, questions
     return np.array(columns, dtype=bool).T, questions

@@ -25,7 +25,7 @@ def install() -> None:
     from vllm.config import ModelConfig
 
     plain = ModelConfig.compute_hash
-    if hasattr(plain, "__wrapped__"):
+    if getattr(plain, "_kimi_rl_anywhere", False):
         return
 
     @functools.wraps(plain)
@@ -36,4 +36,5 @@ def install() -> None:
         object.__setattr__(anywhere, "model", "")  # the class checks what is assigned
         return plain(anywhere)
 
+    compute_hash._kimi_rl_anywhere = True
     ModelConfig.compute_hash = compute_hash
