@@ -166,8 +166,8 @@ def test_a_step_on_several_cards_sees_all_of_them(tmp_path):
 
 def planner(tmp_path, count=4, **more):
     settings = graph.Settings(
-        command.SOURCE, dict(command.DATA), tmp_path, cards=cards(count, 79.6), cores=16 * count, threads=4,
-        **{"layers_share": 0.08, **more},
+        command.SOURCE, dict(command.DATA), tmp_path, cores=16 * count, threads=4,
+        **{"layers_share": 0.08, "cards": cards(count, 79.6), **more},
     )  # fmt: skip
     made = graph.Planner(settings)
     seconds = 60 * settings.minutes - graph.RESULTS_S
@@ -271,11 +271,29 @@ def test_distillation_may_go_straight_to_the_logits(tmp_path):
     assert [path.name for path in (tmp_path / "2/recipes").glob("probe_*")] == ["probe_logits_mla.yaml"]
 
 
+def test_what_the_runs_compile_is_compiled_before(tmp_path):
+    made = planner(tmp_path, start={"mla": "/models/distilled"})
+    steps = {step.name: step for step in made.scheduler.steps}
+    assert steps["warm_up_hybrid"].needs == ("convert_hybrid",) and steps["warm_up_mla"].needs == ()
+    assert not any("warm_up" in name for step in steps.values() for name in (*step.needs, *step.after))
+    for arm, model in (("hybrid", "models/hybrid"), ("mla", "/models/distilled")):
+        step, run = steps[f"warm_up_{arm}"], graph.run_recipe(made.settings, arm, 0)
+        step.settle(step)
+        recipe = graph.load_recipe(tmp_path / step.command[4])
+        assert recipe.model.path == model and [stage.steps for stage in recipe.stages] == [2, 2]
+        assert recipe.stages[1].rollout == run.stages[1].rollout and recipe.data == run.data
+        assert recipe.stages[1].eval.max_tokens == run.stages[1].eval.max_tokens  # lengths, so engines, are the same
+        assert [stage.pack_tokens for stage in recipe.stages[1:]] == [stage.pack_tokens for stage in run.stages[1:]]
+    for other in (planner(tmp_path, until="sft"), planner(tmp_path, cards=[Card("")])):
+        assert not any(step.name.startswith("warm_up") for step in other.scheduler.steps)
+
+
 def test_distillation_may_go_on_from_models_of_before(tmp_path):
     made = planner(tmp_path, layers_share=0, start={"mla": "/models/distilled"}, source_too=False)
     usual = {step.name for step in planner(tmp_path, layers_share=0).steps()}
     names = {step.name for step in made.scheduler.steps}
-    assert names == usual - {"convert_mla", "score_source", "source_sft", "score_source_sft"}
+    of_source = {f"{kind}source_sft_{seed}" for kind in ("", "score_") for seed in (0, 1)}
+    assert names == usual - {"convert_mla", "score_source"} - of_source
     steps = {step.name: step for step in made.scheduler.steps}
     assert (steps["logits_mla"].needs, steps["logits_hybrid"].needs) == ((), ("convert_hybrid",))
     assert "convert_hybrid" in steps["logits_mla"].after and "convert_mla" not in steps["logits_hybrid"].after
@@ -398,7 +416,7 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
     assert command.main([*words, "--until", "sft"]) == 1
     states = {name: row["status"] for name, row in read_state(out)["steps"].items()}
     scored = {name for name in states if name.startswith("score")}
-    assert scored == {"score_source", "score_source_sft", "score_distilled_hybrid", "score_sft_hybrid_0"}
+    assert scored == {"score_source", "score_source_sft_0", "score_distilled_hybrid", "score_sft_hybrid_0"}
     assert {name for name, status in states.items() if status != "done"} == scored
     assert "svamp" in read_state(out)["steps"]["score_source"]["error"]
     sft = out / "compare/runs/hybrid/seed_0/stages/0_sft/model/model.safetensors"
@@ -415,7 +433,7 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
 
     found = json.loads((out / "results.json").read_text())
     assert {row["status"] for row in found["steps"].values()} == {"done"}
-    models = {"source", "source_sft", "distilled_hybrid", "sft_hybrid_0", "rlvr_hybrid_0"}
+    models = {"source", "source_sft_0", "distilled_hybrid", "sft_hybrid_0", "rlvr_hybrid_0"}
     assert set(found["scores"]) == models
     for sets in found["scores"].values():
         assert set(sets) == {"gsm8k", "svamp", "math500"}
@@ -440,7 +458,7 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
     capsys.readouterr()
     assert command.main(["--status", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "run_hybrid_0: done" in said and "rlvr 1/1" in said and "source_sft: gsm8k" in said
+    assert "run_hybrid_0: done" in said and "rlvr 1/1" in said and "source_sft_0: gsm8k" in said
     assert command.main([*words, "--threads", "2"]) == 2 and "was begun with threads 1" in capsys.readouterr().err
 
 

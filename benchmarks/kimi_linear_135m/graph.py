@@ -42,6 +42,9 @@ PEAK_GIB = {"layers": 42.0, "logits": 40.0}
 # layer alone: so long rows.
 LAYERS = {"name": "layers", "match": "layers", "steps": 300, "batch_tokens": 65536, "pack_tokens": 65536,
           "learning_rate": 3e-3, "warmup_steps": 15, "checkpoint_every": 100}  # fmt: skip
+# What makes the comparison's recipe a warm-up; engines and packs keep their sizes.
+WARM_UP = ["stages.sft.steps=2", "stages.sft.warmup_steps=1", "stages.rlvr.steps=2", "stages.rlvr.warmup_steps=1",
+           "stages.rlvr.prompts_per_step=16", "stages.rlvr.eval.limit=64", "stages.rlvr.eval.k=1"]  # fmt: skip
 LEAST_S = 30.0  # of a distill stage, however little time is left
 
 
@@ -145,8 +148,9 @@ def distill_recipe(settings: Settings, arm: str, kind: str, decision: dict[str, 
     return Recipe.model_validate(tree)
 
 
-def source_recipe(settings: Settings) -> Recipe:
+def source_recipe(settings: Settings, seed: int) -> Recipe:
     own = [f"model.path={settings.model}", f"data.path={settings.data['gsm8k']}", f"threads={settings.threads}"]
+    own += [f"seed={seed}", f"name=source_sft_{seed}"]
     return load_recipe(RECIPES / "gsm8k_sft_smollm2_source.yaml", [*own, *settings.overrides.get("source", ())])
 
 
@@ -199,7 +203,7 @@ class Planner:
             step.settle = lambda step, out=out: self._clear(out)
             steps.append(step)
         probes = self._probes(exported)
-        steps += probes
+        steps += [*probes, *self._warm_ups()]
         for part in range(self.sample_parts):
             file = f"samples_{part}.jsonl"
             command = worker("sample", s.model, file, *self._sets("gsm8k", "math"), "--engine", s.engine)
@@ -220,8 +224,8 @@ class Planner:
         return [step for step in steps if s.scores or not step.name.startswith("score_")]
 
     def _source_waits_for(self) -> tuple[str, ...]:
-        """With a card for every run, or one left over where there are none, there is room after distillation for what
-        the source is measured by; with fewer only before."""
+        """Its scores. With a card for every run, or one left over where there are none, there is room for them after
+        distillation; with fewer only before. Its SFT is over when distillation begins in earnest."""
         s = self.settings
         waits = len(s.cards) >= (len(s.arms) * len(s.seeds) if s.reaches("sft") else len(s.arms) + 1)
         return tuple(f"logits_{arm}" for arm in s.arms) if waits else ()
@@ -245,6 +249,22 @@ class Planner:
             made.append(step)
         return made
 
+    def _warm_ups(self) -> list[Step]:
+        """On cards, a run of each arm with a few steps, on the model that is yet to be distilled: what engines and
+        learners compile is there when the long runs start. Nothing waits for it."""
+        s, made = self.settings, []
+        for arm in s.arms if s.reaches("rlvr") and s.cards[0].id else ():
+            model = s.start.get(arm, f"models/{arm}")
+            words = [*run_overrides(s), f"model.path={model}", f"name=warm_up_{arm}", *WARM_UP]
+            needs = () if arm in s.start else (f"convert_{arm}",)
+            step = Step(f"warm_up_{arm}", [], START_S + 110, needs, load=0.5, start_s=START_S, gib=30,
+                        threads=s.threads, makes=f"warm_up/{arm}/model/config.json")  # fmt: skip
+            step.settle = lambda step, arm=arm, words=words: self._settle_train(
+                step, load_recipe(RUN_RECIPE, words), f"warm_up/{arm}"
+            )
+            made.append(step)
+        return made
+
     def _distill(self, kind: str, arm: str, probes: list[str]) -> Step:
         s, name = self.settings, f"{kind}_{arm}"
         first = kind == s.kinds[0]
@@ -261,14 +281,17 @@ class Planner:
         return step
 
     def _tuned(self, exported: tuple[str, ...]) -> list[Step]:
-        """SFT of the source; SFT and RLVR of each arm and seed; their scores."""
+        """SFT of the source for each seed; SFT and RLVR of each arm and seed; their scores."""
         s, stopping = self.settings, not self.settings.reaches("rlvr")
         steps = []
-        if s.source_too:
-            step = Step("source_sft", [], START_S + 120, exported, self._source_waits_for(), load=0.6, start_s=START_S,
-                        gib=24, threads=s.threads, makes="runs/source_sft/model/config.json")  # fmt: skip
-            step.settle = lambda step: self._settle_train(step, source_recipe(s), "runs/source_sft")
-            steps += [step, self._score("source_sft", "runs/source_sft/model", ("source_sft",))]
+        for seed in s.seeds if s.source_too else ():
+            name = f"source_sft_{seed}"
+            step = Step(name, [], START_S + 120, exported, load=0.6, start_s=START_S, gib=24, threads=s.threads,
+                        makes=f"runs/{name}/model/config.json")  # fmt: skip
+            step.settle = lambda step, seed=seed, name=name: self._settle_train(
+                step, source_recipe(s, seed), f"runs/{name}"
+            )
+            steps += [step, self._score(name, f"runs/{name}/model", (name,), after=self._source_waits_for())]
         for seed in s.seeds:
             for arm in s.arms:
                 folder, name = run_folder(arm, seed), f"{'sft' if stopping else 'run'}_{arm}_{seed}"
@@ -445,5 +468,6 @@ def check_settings(settings: Settings) -> None:
             distill_recipe(settings, arm, kind)
         for seed in settings.seeds:
             run_recipe(settings, arm, seed)
-    source_recipe(settings)
+    for seed in settings.seeds:
+        source_recipe(settings, seed)
 

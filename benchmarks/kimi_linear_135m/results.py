@@ -114,7 +114,7 @@ def _training(settings: Settings) -> dict[str, Any]:
     from kimi_rl.compare.curves import read_stages
     from kimi_rl.report.report import describe_run
 
-    folders = {"source_sft": "runs/source_sft"}
+    folders = {f"source_sft_{seed}": f"runs/source_sft_{seed}" for seed in settings.seeds}
     folders |= {f"{arm}_{seed}": run_folder(arm, seed) for arm in settings.arms for seed in settings.seeds}
     found = {}
     for name, folder in folders.items():
