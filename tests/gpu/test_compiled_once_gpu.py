@@ -47,7 +47,7 @@ def test_a_twin_is_served_by_what_was_compiled_before(tmp_path):
     first, twin = tmp_path / "first", tmp_path / "twin"
     for seed, folder in enumerate((first, twin)):
         torch.manual_seed(seed)
-        model = KimiLinearForCausalLM(build_config(ModelSection(arch="hybrid", size="tiny"), vocab_size=512, **ids))
+        model = KimiLinearForCausalLM(build_config(ModelSection(arch="hybrid", size="small"), vocab_size=512, **ids))
         save_model(model, None, folder)
     shutil.copy(first / "config.json", twin / "config.json")
 
