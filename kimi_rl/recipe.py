@@ -54,8 +54,8 @@ class DataSection(Section):
     held_out_size: Positive | None = Field(None, description="Held-out problems for evaluation (default 256).")
     seed: int = Field(0, description="Seed of procedural problems and of subsampling; not the run's seed.")
     instruction: str | None = Field(None, description="Text appended to every question; unset: the data set's own.")
-    allow_overlap: bool = Field(
-        False, description="Train although held-out problems, or nearly the same ones, are among the training problems."
+    overlap: Literal["refuse", "leave_out", "allow"] = Field(
+        "refuse", description="What of training problems that are held-out problems too, or nearly the same ones."
     )
     check_golds: bool = Field(
         True, description="Leave out problems whose gold answer cannot be read as maths; false for another reward.kind."

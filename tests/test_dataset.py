@@ -220,9 +220,13 @@ def test_overlap_of_given_splits_is_refused_unless_allowed(tmp_path, caplog, tex
     write_jsonl(tmp_path / "test.jsonl", [{"question": text, "answer": "14"}, *plain_rows(3, 90)])
     pair = f"test/1 = train/{8 if kind == 'exact' else 21} ({kind})"
     message = error_of(tmp_path)
-    assert pair in message and f"1 {kind}" in message and "data.allow_overlap=true" in message
+    assert pair in message and f"1 {kind}" in message and "data.overlap=leave_out" in message
     assert len(load(tmp_path, evaluation=True).held_out) == 4  # nothing is trained on
-    assert len(load(tmp_path, allow_overlap=True).train) == 21 and pair in caplog.text
+    assert len(load(tmp_path, overlap="allow").train) == 21 and pair in caplog.text
+    left = load(tmp_path, overlap="leave_out", held_out_size=1)  # whichever of the four that is
+    assert len(left.train) == 20 and "left out 1 training problems" in caplog.text
+    assert len(load(tmp_path, overlap="leave_out", held_out_size=1, train_size=20).train) == 20
+    assert len(load(tmp_path, overlap="leave_out", evaluation=True).held_out) == 4
 
 
 def test_other_numbers_are_no_overlap(tmp_path):

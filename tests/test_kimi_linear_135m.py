@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from kimi_rl import pipeline
+from kimi_rl import pipeline, standalone
 from kimi_rl.cli import app
 from kimi_rl.errors import InputError
 from kimi_rl.learner.actor import Learner
@@ -133,6 +133,24 @@ def test_what_runs_when_the_time_is_over_is_interrupted_and_goes_on_later(tmp_pa
     assert run(steps, tmp_path)[0]
 
 
+@pytest.mark.parametrize(("load", "beside"), [(0.4, True), (0.6, False)])
+def test_what_reads_the_half_of_a_run_starts_beside_it_where_a_card_has_time(tmp_path, load, beside):
+    wait = "import os, time\nopen('half', 'w')\nend = time.time() + {}\n"
+    wait += "while time.time() < end and not os.path.exists('read'): time.sleep(0.01)\n"
+    text = wait.format(20 if beside else 0.5) + "open('ended', 'w').write(str(os.path.exists('read')))"
+    steps = [Step("run", python(text), 1, load=0.5, makes="ended"),
+             touch("read", needs=("run",), reads="half", load=load)]  # fmt: skip
+    scheduler = Scheduler(steps, cards(1), 4, tmp_path, 60, poll_s=0.02, say=lambda text: None)
+    assert scheduler.run() and (tmp_path / "ended").read_text() == str(beside)
+
+
+def test_what_reads_the_half_of_a_run_that_failed_is_run_all_the_same(tmp_path):
+    broken = Step("run", python("open('half', 'w'); raise SystemExit(1)"), 1)
+    steps = [broken, touch("read", needs=("run",), reads="half"), touch("after", needs=("run",))]
+    whole, scheduler = run(steps, tmp_path)
+    assert (scheduler.names("done"), scheduler.names("blocked")) == (["read"], ["after"])
+
+
 def test_a_step_over_its_limit_is_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(Step, "limit_s", 0.5)
     whole, scheduler = run([Step("stuck", python("import time; time.sleep(60)"), 1), touch("other")], tmp_path)
@@ -177,7 +195,7 @@ def planner(tmp_path, count=4, **more):
 
 def test_logits_takes_the_time_that_the_rest_leaves(tmp_path):
     by_minutes = {}
-    for minutes in (25, 40):
+    for minutes in (35, 50):
         made = planner(tmp_path, minutes=minutes)
         by_minutes[minutes] = made.decide("logits")["steps"]
         ends = made.outlook()
@@ -185,12 +203,12 @@ def test_logits_takes_the_time_that_the_rest_leaves(tmp_path):
         budget = 60 * minutes * (1 - graph.SLACK) - graph.RESULTS_S
         assert 0.9 * budget < last <= budget
         assert ends["logits_mla"][1] <= ends["run_mla_1"][0]
-    assert by_minutes[40] - by_minutes[25] > 0.7 * 15 * 60 / graph.STEP_S["logits"]
-    assert planner(tmp_path, 2).decide("logits")["steps"] < by_minutes[25]
-    alone = planner(tmp_path, until="logits")
-    assert alone.decide("logits")["steps"] > by_minutes[25]
+    assert by_minutes[50] - by_minutes[35] > 0.7 * 15 * 60 / graph.STEP_S["logits"]
+    assert planner(tmp_path, 2, minutes=35).decide("logits")["steps"] < by_minutes[35]
+    alone = planner(tmp_path, minutes=35, until="logits")
+    assert alone.decide("logits")["steps"] > by_minutes[35]
     assert not any(step.name.startswith("run") for step in alone.steps())
-    later = planner(tmp_path, until="logits", scores=False)
+    later = planner(tmp_path, minutes=35, until="logits", scores=False)
     assert [s.name for s in later.steps()] == [s.name for s in alone.steps() if not s.name.startswith("score")]
     assert later.decide("logits")["steps"] > alone.decide("logits")["steps"]
     assert planner(tmp_path, minutes=1).decide("logits")["steps"] == int(graph.LEAST_S / graph.STEP_S["logits"])
@@ -271,6 +289,14 @@ def test_distillation_may_go_straight_to_the_logits(tmp_path):
     assert [path.name for path in (tmp_path / "2/recipes").glob("probe_*")] == ["probe_logits_mla.yaml"]
 
 
+def test_a_tuned_model_is_scored_while_its_run_goes_on(tmp_path):
+    steps = {step.name: step for step in planner(tmp_path).scheduler.steps}
+    score = steps["score_sft_hybrid_1"]
+    assert score.reads == "compare/runs/hybrid/seed_1/stages/0_sft/model" and score.command[3] == score.reads
+    assert score.needs == ("run_hybrid_1",) and steps["score_rlvr_hybrid_1"].reads is None
+    assert steps["run_hybrid_1"].load + score.load <= 1 < 2 * steps["run_hybrid_1"].load + score.load
+
+
 def test_what_the_runs_compile_is_compiled_before(tmp_path):
     made = planner(tmp_path, start={"mla": "/models/distilled"})
     steps = {step.name: step for step in made.scheduler.steps}
@@ -305,7 +331,8 @@ def test_distillation_may_go_on_from_models_of_before(tmp_path):
 def test_steps_given_by_hand_hold(tmp_path):
     made = planner(tmp_path, overrides={"distill": ["stages.layers.steps=70", "stages.logits.steps=90"]})
     assert (made.decide("layers")["steps"], made.decide("logits")["steps"]) == (70, 90)
-    assert planner(tmp_path).decide("layers")["steps"] == int(0.08 * 1500 / graph.STEP_S["layers"])
+    seconds = 0.08 * 60 * made.settings.minutes
+    assert planner(tmp_path).decide("layers")["steps"] == int(seconds / graph.STEP_S["layers"])
 
 
 @pytest.mark.parametrize(
@@ -404,27 +431,35 @@ def here(monkeypatch, ray_local):
     return started
 
 
-def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys):
+def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
     words = [*inputs, "--out", str(out), "--cards", "cpu", "--engine", "transformers", "--threads", "1", "--k", "2"]
     words += ["--max-tokens", "6", "--limit", "2", "--sample-seconds", "0.1", "--arms", "hybrid", "--seeds", "0", *TINY]
     words += ["--layers-share", "0.08"]
 
-    # First to the end of SFT; there is no model to score at first, which stops nothing else.
+    # A data set that cannot be read ends the call at once.
     (tmp_path / "svamp").rename(tmp_path / "away")
     (tmp_path / "svamp").mkdir()
     assert command.main([*words, "--until", "sft"]) == 1
+    assert here == ["data"] and "svamp has no train.jsonl" in read_state(out)["steps"]["data"]["error"]
+    (tmp_path / "svamp").rmdir()
+    (tmp_path / "away").rename(tmp_path / "svamp")
+
+    # To the end of SFT; no model can be scored at first, which stops nothing else.
+    with monkeypatch.context() as patch:
+        evaluate = standalone.evaluate_model
+        patch.setattr(standalone, "evaluate_model", lambda m, path, *a, **k: evaluate(m, path, *a, **k, no=1)
+                      if path.endswith("svamp") else evaluate(m, path, *a, **k))  # fmt: skip
+        assert command.main([*words, "--until", "sft"]) == 1
     states = {name: row["status"] for name, row in read_state(out)["steps"].items()}
     scored = {name for name in states if name.startswith("score")}
     assert scored == {"score_source", "score_source_sft_0", "score_distilled_hybrid", "score_sft_hybrid_0"}
     assert {name for name, status in states.items() if status != "done"} == scored
-    assert "svamp" in read_state(out)["steps"]["score_source"]["error"]
+    assert "unexpected keyword argument 'no'" in read_state(out)["steps"]["score_source"]["error"]
     sft = out / "compare/runs/hybrid/seed_0/stages/0_sft/model/model.safetensors"
     scored_first = out / "scores/source_gsm8k.json"  # with the seconds that it took
     before = {path: path.read_bytes() for path in (sft, scored_first)}
 
-    (tmp_path / "svamp").rmdir()
-    (tmp_path / "away").rename(tmp_path / "svamp")
     here.clear()
     assert command.main(words) == 0, capsys.readouterr().out
     assert set(here) == {*scored, "run_hybrid_0", "score_rlvr_hybrid_0"}

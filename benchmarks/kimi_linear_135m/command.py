@@ -1,7 +1,7 @@
 """The figures of Kimi Linear 135M from their beginning: conversion, distillation, SFT, RLVR and all scores.
 
     python benchmarks/kimi_linear_135m --source FOLDER_OR_GGUF --gsm8k FOLDER --math FOLDER --svamp FOLDER \\
-        --math500 FOLDER --out DIR --minutes 25 --cards 0,1,2,3
+        --math500 FOLDER --out DIR --minutes 40 --cards 0,1,2,3
     python benchmarks/kimi_linear_135m --status DIR
 
 Where --source or data are left out, they are the recipes' hub ids. The same command again goes on where the last one
@@ -33,7 +33,7 @@ from kimi_rl.run_dir import RunDir, only_one, usable_cores
 SOURCE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = {"gsm8k": "openai/gsm8k", "math": "EleutherAI/hendrycks_math", "svamp": "ChilleD/SVAMP",
         "math500": "HuggingFaceH4/MATH-500"}  # fmt: skip
-WORKERS = ("source", "probe", "sample", "score")
+WORKERS = ("source", "check", "probe", "sample", "score")
 # As in the first call.
 LASTING = ("source", "start", "data", "threads", "engine", "layers_share", "k", "max_tokens", "limit", "overrides")
 
@@ -72,7 +72,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, hub_id in DATA.items():
         parser.add_argument(f"--{name}", default=hub_id, help="folder with train.jsonl and test.jsonl, or a hub id")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--minutes", type=float, default=25.0, help="that this call may take; the plan fills them")
+    parser.add_argument("--minutes", type=float, default=40.0, help="that this call may take; the plan fills them")
     parser.add_argument("--cards", help="as in CUDA_VISIBLE_DEVICES: 0,1; `cpu`: none. Default: all")
     parser.add_argument("--seeds", default="0,1")
     parser.add_argument("--arms", default="hybrid,mla")

@@ -1,7 +1,8 @@
 """The steps from the source to the scores: what each needs, its command, and how long it will take.
 
-Seconds were measured on an H100 with 16 cores, several processes side by side. Times of both distill stages come from a
-probe of some steps; the `logits` stage gets all the time that what comes after it does not need.
+Seconds were measured on an H100 with 16 cores and on two H200 with 32, several processes side by side. Times of both
+distill stages come from a probe of some steps; the `logits` stage gets all the time that what comes after it does not
+need.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ START_S = 60.0  # a training process: imports, Ray, data, model
 DISTILL_START_S = 110.0  # one that distils: a second model, more texts, held-out figures, a group of learners that meet
 MEETING = 1.1  # a step of several learners, which wait for each other's gradients, over a step of one
 ENGINE_S = 80.0  # a process with a vLLM engine
+SFT_S, RLVR_S = 130.0, 570.0  # steps and evaluations of a run's stages; the host's work, so two on a card take as long
+UNTUNED_S = {"hybrid": 680.0, "mla": 250.0, "source": 230.0}  # scores of a model whose answers seldom end by themselves
 SLACK = 0.05  # of a call's time, left over by the plan
 RESULTS_S = 40.0  # for results.json and the comparison, at the end
 LAYERS_SHARE = 0.0  # of a call's time; what a start costs buys more in `logits` (docs/distill.md)
@@ -56,7 +59,7 @@ class Settings:
     source: str
     data: dict[str, str]
     out: Path
-    minutes: float = 25.0
+    minutes: float = 40.0
     cards: list[Card] = field(default_factory=lambda: [Card("")])
     cores: int = 1
     threads: int = 1
@@ -196,6 +199,8 @@ class Planner:
         if s.model != s.source:
             exported = ("source",)
             steps.append(Step("source", worker("source", s.source, s.model), 30, threads=s.threads, makes=s.model))
+        steps.append(self._check())
+        exported += ("data",)
         for arm in (arm for arm in s.arms if arm not in s.start):
             out, threads = f"models/{arm}", max(1, s.cores // (len(s.arms) + 1))
             command = kimi("convert", s.model, "--arch", arm, "--calibration", s.data["gsm8k"], "--out", out)
@@ -222,6 +227,15 @@ class Planner:
         if s.reaches("sft"):
             steps += self._tuned(exported)
         return [step for step in steps if s.scores or not step.name.startswith("score_")]
+
+    def _check(self) -> Step:
+        """Of all data sets, before anything is made of them."""
+        scored = self._sets(*SETS[1:]) if self.settings.scores else []
+        step = Step("data", worker("check", "recipes/data.yaml", *scored), 20)
+        step.settle = lambda step: self._write(
+            "recipes/data.yaml", dump_recipe(distill_recipe(self.settings, self.settings.arms[0], "logits"))
+        )
+        return step
 
     def _source_waits_for(self) -> tuple[str, ...]:
         """Its scores. With a card for every run, or one left over where there are none, there is room for them after
@@ -257,7 +271,7 @@ class Planner:
             model = s.start.get(arm, f"models/{arm}")
             words = [*run_overrides(s), f"model.path={model}", f"name=warm_up_{arm}", *WARM_UP]
             needs = () if arm in s.start else (f"convert_{arm}",)
-            step = Step(f"warm_up_{arm}", [], START_S + 110, needs, load=0.5, start_s=START_S, gib=30,
+            step = Step(f"warm_up_{arm}", [], START_S + 150, needs, load=0.5, start_s=START_S, gib=30,
                         threads=s.threads, makes=f"warm_up/{arm}/model/config.json")  # fmt: skip
             step.settle = lambda step, arm=arm, words=words: self._settle_train(
                 step, load_recipe(RUN_RECIPE, words), f"warm_up/{arm}"
@@ -286,7 +300,7 @@ class Planner:
         steps = []
         for seed in s.seeds if s.source_too else ():
             name = f"source_sft_{seed}"
-            step = Step(name, [], START_S + 120, exported, load=0.6, start_s=START_S, gib=24, threads=s.threads,
+            step = Step(name, [], START_S + SFT_S, exported, load=0.6, start_s=START_S, gib=24, threads=s.threads,
                         makes=f"runs/{name}/model/config.json")  # fmt: skip
             step.settle = lambda step, seed=seed, name=name: self._settle_train(
                 step, source_recipe(s, seed), f"runs/{name}"
@@ -297,14 +311,17 @@ class Planner:
                 folder, name = run_folder(arm, seed), f"{'sft' if stopping else 'run'}_{arm}_{seed}"
                 tuned = f"{folder}/stages/0_sft/model"
                 made = f"{tuned if stopping else folder + '/model'}/config.json"
-                step = Step(name, [], START_S + 110 + (0 if stopping else 460), (f"logits_{arm}",), load=0.5,
-                            start_s=START_S, gib=30, threads=s.threads, makes=made)  # fmt: skip
+                seconds = START_S + SFT_S + (0 if stopping else RLVR_S)
+                step = Step(name, [], seconds, (f"logits_{arm}",), load=0.5, start_s=START_S, gib=30,
+                            threads=s.threads, makes=made)  # fmt: skip
                 step.settle = lambda step, arm=arm, seed=seed, folder=folder: self._settle_train(
                     step, run_recipe(s, arm, seed), folder, *(["--until", "sft"] if stopping else [])
                 )
                 # The rlvr stage evaluates on GSM8K before and after.
                 sets = SETS if stopping else SETS[1:]
-                steps += [step, self._score(f"sft_{arm}_{seed}", tuned, (name,), sets)]
+                score = self._score(f"sft_{arm}_{seed}", tuned, (name,), sets)
+                score.reads = None if stopping else tuned
+                steps += [step, score]
                 if not stopping:
                     steps.append(self._score(f"rlvr_{arm}_{seed}", f"{folder}/model", (name,), sets))
         return steps
@@ -315,7 +332,8 @@ class Planner:
         s = self.settings
         command = worker("score", model, name, *self._sets(*sets), "--k", s.k, "--max-tokens", s.max_tokens)
         command += ["--engine", s.engine, "--threads", str(s.threads)] + (["--limit", str(s.limit)] if s.limit else [])
-        seconds = ENGINE_S + (130 if "gsm8k" in sets else 70)
+        untuned = UNTUNED_S.get(name.removeprefix("distilled_"))
+        seconds = ENGINE_S + (untuned or (130 if "gsm8k" in sets else 70))
         made = f"scores/{name}_{sets[-1]}.json"
         return Step(f"score_{name}", command, seconds, needs, after, load=0.4, start_s=ENGINE_S, gib=13,
                     threads=s.threads, makes=made)  # fmt: skip

@@ -25,7 +25,8 @@ GRACE_S = 15.0  # from an interrupt to a kill
 class Step:
     """A command with an estimate of its `seconds` (alone on a card).
 
-    `needs`: steps that must be done; `after`: steps that must have ended, however. `load`: the part of a card's time
+    `needs`: steps that must be done; `after`: steps that must have ended, however. `reads`: a path that what it needs
+    leaves half-way; once it is there, the step may run in the spare time of a card. `load`: the part of a card's time
     that it takes, 0 for a step without a card, after `start_s` of its seconds; `gib`: of the card's memory. `cards`: on
     how many it works, each with this load and memory. `makes`: a path that it leaves, if it is done. `settle`: called
     once its needs are met, to set its command and estimate by what came out so far.
@@ -42,6 +43,7 @@ class Step:
     cards: int = 1
     threads: int = 1
     makes: str | None = None
+    reads: str | None = None
     settle: Callable[[Step], None] | None = None
 
     @property
@@ -62,11 +64,11 @@ class Card:
     def load(self) -> float:
         return sum(step.load for step in self.steps.values())
 
-    def has_room(self, step: Step) -> bool:
+    def has_room(self, step: Step, most_load: float) -> bool:
         if not self.steps:
             return True  # more there will never be
         taken = sum(other.gib for other in self.steps.values()) + step.gib
-        return taken + MARGIN_GIB <= self.gib and self.load + step.load <= MOST_LOAD + 1e-9
+        return taken + MARGIN_GIB <= self.gib and self.load + step.load <= most_load + 1e-9
 
 
 @dataclass
@@ -132,16 +134,20 @@ def pick(
     done: Collection[str],
     ended: Collection[str],
     priority: Mapping[str, float],
+    early: Collection[str] = (),
 ) -> tuple[Step, list[Card]] | None:
-    """The next step to start and its cards, or None. `slots`: how many more processes may run.
+    """The next step to start and its cards, or None. `slots`: how many more processes may run; `early`: steps that can
+    start while what they need still runs, on a card with so much time to spare.
 
     The step on which most hangs comes first; it gets the cards with the least load that have room for it.
     """
-    ready = [s for s in waiting if set(s.needs) <= set(done) and set(s.after) <= set(ended)]
+    met = {step.name for step in waiting if set(step.needs) <= set(done)}
+    ready = [s for s in waiting if s.name in {*met, *early} and set(s.after) <= set(ended)]
     for step in sorted(ready, key=lambda s: -priority[s.name]) if slots > 0 else ():
         if not step.load:
             return step, []
-        free = sorted((card for card in cards if card.has_room(step)), key=lambda card: card.load)
+        most = MOST_LOAD if step.name in met else 1.0
+        free = sorted((card for card in cards if card.has_room(step, most)), key=lambda card: card.load)
         if len(free) >= step.cards:
             return step, free[: step.cards]
     return None
@@ -323,8 +329,8 @@ class Scheduler:
                     self.records[step.name].estimate, self.records[step.name].command = step.seconds, step.command
             waiting = [step for step in waiting if self.records[step.name].status == "waiting"]
             found = pick(
-                waiting, self.cards, self.slots - len(self._processes),
-                done=done, ended=ended, priority=priorities(self.steps),
+                waiting, self.cards, self.slots - len(self._processes), done=done, ended=ended,
+                priority=priorities(self.steps), early={step.name for step in waiting if self._is_there(step)},
             )  # fmt: skip
             if found is None:
                 return
@@ -366,8 +372,11 @@ class Scheduler:
         """What needs a step that failed or was stopped will not run in this call."""
         for name in self.names("waiting"):
             lost = [other for other in self._step(name).needs if self.records[other].status in _LOST]
-            if lost:
+            if lost and not self._is_there(self._step(name)):
                 self._end(name, "blocked", f"needs {lost[0]}")
+
+    def _is_there(self, step: Step) -> bool:
+        return step.reads is not None and (self.folder / step.reads).exists()
 
     def _end(self, name: str, status: str, error: str | None) -> None:
         record = self.records[name]

@@ -1,4 +1,4 @@
-"""The steps that are no command of kimi-rl, each a process of its own: source, probe, sample, score."""
+"""The steps that are no command of kimi-rl, each a process of its own: source, check, probe, sample, score."""
 
 from __future__ import annotations
 
@@ -33,6 +33,19 @@ def source(arguments: list[str]) -> None:
     with atomic_dir(Path(target)) as folder:
         export_source(where, "--source", folder, torch.float32)  # what it is converted from, to the last bit
         load_source_tokenizer(where, "--source").save_pretrained(folder)
+
+
+def check(arguments: list[str]) -> None:
+    """check RECIPE SET=DATA...: whether the recipe's data can be trained on, and the sets be scored on."""
+    from kimi_rl.dataset import load_problems
+    from kimi_rl.recipe import DataSection
+
+    recipe, *sets = arguments
+    stages = load_recipe(Path(recipe))
+    for section in (stages.data, *(more for stage in stages.stages for more in stage.more_data)):
+        print(f"{section.path}: {len(load_problems(section).train)} problems", flush=True)
+    for name, path in named_paths(sets).items():
+        print(f"{name}: {len(load_problems(DataSection(path=path), evaluation=True).held_out)} problems", flush=True)
 
 
 def open_engine(model: str, engine: str, longest: int, threads: int):

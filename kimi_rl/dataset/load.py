@@ -67,8 +67,8 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
     `held_out_size` unset means all.
 
     Problems whose gold answer cannot be read as maths are left out and named in `dropped` (`section.check_golds`).
-    Held-out problems that are training problems too, or nearly, are refused (`section.allow_overlap`); where the
-    held-out problems are drawn here, such training problems are left out instead.
+    Held-out problems that are training problems too, or nearly, are refused (`section.overlap`); where the held-out
+    problems are drawn here, such training problems are left out instead.
 
     Raises InputError for an unknown task, parameter, file, folder or hub set, for a malformed row (with file
     and row number), for rows without an answer, for sizes that the data cannot give, and for overlap.
@@ -89,12 +89,14 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
     held_out_size = section.held_out_size
     if held_out_size is None and not evaluation:
         held_out_size = min(HELD_OUT_SIZE, len(held_out))
+    if section.overlap == "leave_out" and not evaluation:
+        train = _left_out(train, held_out, found.name)
     form = (train or held_out)[0].form
     instruction = INSTRUCTIONS[form] if section.instruction is None else section.instruction
     train = _sample(train, None if evaluation else section.train_size, "train_size", section, found.name)
     held_out = _sample(held_out, held_out_size, "held_out_size", section, found.name)
     if not evaluation:
-        _check_overlap(train, held_out, found.name, section.allow_overlap)
+        _check_overlap(train, held_out, found.name, section.overlap == "allow")
     return Problems(
         train=_dataset(train, instruction),
         held_out=_dataset(held_out, instruction),
@@ -299,6 +301,16 @@ def _without_repeats(train: list[Row], held_out: list[Row]) -> list[Row]:
     return [row for at, row in enumerate(train) if at not in known]
 
 
+def _left_out(train: list[Row], held_out: list[Row], name: str) -> list[Row]:
+    """As `_without_repeats`, and says so. Raises InputError if that leaves nothing."""
+    kept = _without_repeats(train, held_out)
+    if not kept:
+        raise InputError(f"data.overlap: every training problem of {name} is a held-out problem as well; take another")
+    if len(kept) < len(train):
+        log.warning("%s: left out %d training problems that are held-out ones, or nearly", name, len(train) - len(kept))
+    return kept
+
+
 def _check_overlap(train: list[Row], held_out: list[Row], name: str, allowed: bool) -> None:
     """Raises InputError where a held-out problem is `exact` or `near` to a training problem; warns if `allowed`."""
     found = [o for o in find_overlap(_questions(train), _questions(held_out)) if o.kind != "variant"]
@@ -306,8 +318,8 @@ def _check_overlap(train: list[Row], held_out: list[Row], name: str, allowed: bo
         return
     if not allowed:
         raise InputError(
-            f"data.path: {name}: {summarize(found, 5)}; remove these rows, or set data.allow_overlap=true to train "
-            "on them all the same"
+            f"data.path: {name}: {summarize(found, 5)}; remove these rows, or set data.overlap=leave_out, or =allow to "
+            "train on them all the same"
         )
     log.warning("%s: %s", name, summarize(found))
 
