@@ -397,7 +397,7 @@ class RLVRStage(Section):
     mismatch: MismatchGate = Field(default_factory=MismatchGate)
     rollout: RolloutSection = Field(default_factory=RolloutSection)
     checkpoint_every: Positive = 20
-    eval: EvalSection = Field(default_factory=EvalSection)
+    eval: EvalSection | None = Field(default_factory=EvalSection, description="`null`: no evaluation.")
 
     @property
     def completions_per_step(self) -> int:

@@ -26,7 +26,7 @@ from kimi_rl.tokenizer import build_tokenizer
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from kimi_linear_135m import command, graph  # noqa: E402
+from kimi_linear_135m import command, graph, plot  # noqa: E402
 from kimi_linear_135m.scheduler import Card, Scheduler, Step, check_graph, forecast, read_state  # noqa: E402
 
 # --- placing and forecasting ------------------------------------------------------------------------------------
@@ -398,6 +398,8 @@ def inputs(tmp_path):
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{split}.jsonl").write_text("".join(lines))
         words += [f"--{name}", str(tmp_path / name)]
+    with (tmp_path / "math" / "train.jsonl").open("a") as file:  # a training problem that is a held-out one too
+        file.write((tmp_path / "math" / "test.jsonl").read_text().splitlines(keepends=True)[0])
     return words
 
 
@@ -495,6 +497,36 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys, monkeypa
     said = capsys.readouterr().out
     assert "run_hybrid_0: done" in said and "rlvr 1/1" in said and "source_sft_0: gsm8k" in said
     assert command.main([*words, "--threads", "2"]) == 2 and "was begun with threads 1" in capsys.readouterr().err
+
+
+def measured(start, seeds, curve, batch=8, arm="hybrid", name="sft_hybrid_{}"):
+    rows = [{"tokens": at, "student_perplexity": value, "teacher_perplexity": 3.0} for at, value in curve]
+    scores = {name.format(seed): {"gsm8k": {"held_out_accuracy": x, "avg_at_k": x / 2}} for seed, x in enumerate(seeds)}
+    return {"settings": {"start": start}, "scores": scores,
+            "distillation": {arm: {"layers": None, "logits": {"batch_tokens": batch, "curve": rows}}}}  # fmt: skip
+
+
+def test_a_call_that_starts_from_another_goes_on_with_its_curve(tmp_path):
+    results = [
+        measured(None, [0.1, 0.2], [(0, 90.0), (50, 5.0)]),
+        measured({}, [0.6], [(0, 95.0), (40, 6.0)], batch=16),
+        measured({"hybrid": "distilled"}, [0.3], [(0, 5.0), (30, 4.0)]),
+        measured({}, [0.8, 0.4], [(0, 99.0)], arm="mla", name="source_sft_{}"),
+    ]
+    (tmp_path / "results").mkdir()
+    files = [tmp_path / "results" / f"{number}.json" for number in range(len(results))]
+    for file, result in zip(files, results, strict=True):
+        file.write_text(json.dumps(result))
+    hybrid, wide, mla = plot.curves(results)
+    assert hybrid.perplexity == [(0, 90.0), (50, 5.0), (80, 4.0)] and wide.perplexity == [(0, 95.0), (40, 6.0)]
+    assert {at: [score["held_out_accuracy"] for score in scores] for at, scores in hybrid.tuned.items()} == {
+        50: [0.1, 0.2], 80: [0.3]
+    }  # fmt: skip
+    assert list(wide.tuned) == [40] and not mla.tuned
+    perplexity, tuned = plot.of_source(results)
+    assert perplexity == 3.0 and tuned == {"held_out_accuracy": pytest.approx(0.6), "avg_at_k": pytest.approx(0.3)}
+    assert command.main(["plot", *map(str, files), str(tmp_path / "curves.png")]) == 0
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_other_solutions_are_sampled_than_before(inputs, tmp_path, monkeypatch):

@@ -88,6 +88,14 @@ def test_overlapped_code_without_staleness_is_the_plain_loop(step):
     assert without_times(plain) == without_times(overlapped), "bit-equal metrics"
 
 
+def test_a_stage_without_evaluations_trains_the_same(step, tmp_path):
+    plain = step(steps=2, learning_rate=1e-3)
+    without = step(steps=2, learning_rate=1e-3, eval=None)
+    assert without_times(plain) == without_times(without) and plain[1]["grad_norm"] > 0
+    written = [{path.name for path in (tmp_path / name / "rollouts").iterdir()} for name in ("run0", "run1")]
+    assert written == [{"rlvr", "rlvr_eval_before"}, {"rlvr"}]
+
+
 def test_rollouts_ahead_stay_within_their_staleness(step):
     rows = step(
         steps=5, learning_rate=1e-3, max_staleness=2, mismatch={"max_kl": 1e-6, "probe_every": 2},

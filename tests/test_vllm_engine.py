@@ -431,6 +431,25 @@ def test_prompts_that_do_not_fit_are_refused(served):
     assert (len(longest.token_ids), longest.finish_reason) == (1, "length")
 
 
+def test_other_numbers_of_threads_change_nothing(served, tiny_models):
+    """vLLM's packed weights are laid out for one number of threads in a process; updates are read back through them."""
+    requests, params = ragged_requests(5), SamplingParams(8, temperature=0.0)
+    update(served.engine, weights_of(served.folder, 0))
+    expected = [completion.token_ids for completion in served.engine.generate(requests, params)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 2)
+    second = VLLMEngine(str(served.folder), max_model_len=MAX_LEN, max_num_seqs=8)
+    try:
+        for engine in (served.engine, second):
+            update(engine, weights_of(served.folder, 1), 1)
+            update(engine, weights_of(served.folder, 0), 2)
+            assert [completion.token_ids for completion in engine.generate(requests, params)] == expected
+            assert torch.get_num_threads() == before + 2
+    finally:
+        second.close()
+        torch.set_num_threads(before)
+
+
 def test_bfloat16_engine_verifies_float32_updates(tiny_models):
     """What is served is then the sent tensor rounded to bfloat16; `A_log` and its kin stay as sent."""
     engine = start_engine(tiny_models["hybrid", "moe"], dtype="bfloat16")

@@ -3,6 +3,7 @@
     python benchmarks/kimi_linear_135m --source FOLDER_OR_GGUF --gsm8k FOLDER --math FOLDER --svamp FOLDER \\
         --math500 FOLDER --out DIR --minutes 40 --cards 0,1,2,3
     python benchmarks/kimi_linear_135m --status DIR
+    python benchmarks/kimi_linear_135m plot RESULTS.json... CURVES.png
 
 Where --source or data are left out, they are the recipes' hub ids. The same command again goes on where the last one
 stopped: finished steps are kept, a training run that was cut off goes on from its last checkpoint, failed steps are
@@ -41,6 +42,11 @@ LASTING = ("source", "start", "data", "threads", "engine", "layers_share", "k", 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if arguments and arguments[0] == "plot":
+            from kimi_linear_135m.plot import plot
+
+            plot(arguments[1:])
+            return 0
         if arguments and arguments[0] in WORKERS:
             from kimi_linear_135m import workers
 

@@ -227,7 +227,7 @@ def sample(arguments: list[str]) -> None:
     asked: list[tuple[str, int, list[int]]] = []
     paths = named_paths(args.sets)
     for name, draw in [*((name, 0) for name in paths), (next(iter(paths)), 1)]:
-        rows = load_problems(DataSection(path=paths[name], check_golds=False)).train["prompt"]
+        rows = load_problems(DataSection(path=paths[name], check_golds=False, overlap="leave_out")).train["prompt"]
         prompts = [prompt_ids(tokenizer, row) for row in rows]
         order = random.Random(draw).sample(range(len(prompts)), len(prompts))
         asked += [(f"{name}-{draw}", i, prompts[i]) for i in order if len(prompts[i]) <= args.longest_prompt]

@@ -244,9 +244,12 @@ def _compared_stage(file: Comparison, recipes: Sequence[Recipe], where: str) -> 
     names = [[stage.name for stage in recipe.stages] for recipe in recipes]
     if any(other != names[0] for other in names):
         raise InputError(f"{where}: arms: every arm must have the same stages, found {names}")
-    if file.stage is None:
+    name = file.stage
+    if name is None:
         rlvr = [stage.name for stage in recipes[0].stages if isinstance(stage, RLVRStage)]
-        return (rlvr or names[0])[-1]
-    if file.stage not in names[0]:
-        raise InputError(f"{where}: stage: no stage {file.stage!r}; stages: {', '.join(names[0])}")
-    return file.stage
+        name = (rlvr or names[0])[-1]
+    if name not in names[0]:
+        raise InputError(f"{where}: stage: no stage {name!r}; stages: {', '.join(names[0])}")
+    if any(stage.name == name and stage.eval is None for recipe in recipes for stage in recipe.stages):
+        raise InputError(f"{where}: stage {name} has `eval: null`, but is compared by its evaluations; give it some")
+    return name

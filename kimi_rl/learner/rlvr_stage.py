@@ -24,7 +24,7 @@ def run_rlvr(context: StageContext) -> None:
     """Train, writing metrics, rollouts and checkpoints. On return the context's model holds the final weights."""
     stage: RLVRStage = context.stage
     checkpoint = context.prepare_resume()
-    if checkpoint is None:
+    if checkpoint is None and stage.eval is not None:
         context.evaluate(0, 0, "before")
     if stage.overlapped:
         context.pool.run_in_background()

@@ -75,7 +75,7 @@ class StageContext:
         self.held_out_golds = list(self.problems.held_out["answer"])
         self.verifier: VerifierPool | None = None
         self.pool: RolloutPool | None = None
-        if self.stage.eval is not None:  # a stage that generates nothing needs no workers
+        if self.stage.kind == "rlvr" or self.stage.eval is not None:  # others generate nothing
             self._start_workers()
 
     def _start_workers(self) -> None:
@@ -107,7 +107,8 @@ class StageContext:
         return 16 + max(max(map(len, self.held_out_ids)), max(len(self.prompt_ids(p)) for p in sample))
 
     def longest_completion(self) -> int:
-        return max(self.stage.rollout.max_tokens, self.stage.eval.max_tokens or 0)
+        evaluation = self.stage.eval
+        return max(self.stage.rollout.max_tokens, (evaluation.max_tokens or 0) if evaluation else 0)
 
     def prompt_ids(self, messages: Sequence[dict]) -> list[int]:
         return prompt_ids(self.tokenizer, messages)

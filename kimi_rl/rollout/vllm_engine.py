@@ -24,6 +24,7 @@ from kimi_rl.rollout.vllm_plugin import register, sampler_front, steady_groups
 from kimi_rl.rollout.vllm_plugin.direct import DirectWrites
 from kimi_rl.rollout.vllm_plugin.layerwise import LayerwiseReload
 from kimi_rl.rollout.vllm_plugin.served import served_tensors
+from kimi_rl.rollout.vllm_plugin.steady_threads import steady_threads
 from kimi_rl.weight_sync import KEPT_FLOAT32, ChecksumBatch, WeightSyncError, checksum_all
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,8 @@ class VLLMEngine:
         self.device = next(self._model.parameters()).device  # asked now: in an update they are on `meta`
         config = self._llm.llm_engine.vllm_config
         self._loader = DirectWrites.of(self._model, self._shapes) or LayerwiseReload(self._model, config)
-        self._dtypes = {name: tensor.dtype for name, tensor in served_tensors(self._model, self._shapes)}
+        with steady_threads():
+            self._dtypes = {name: tensor.dtype for name, tensor in served_tensors(self._model, self._shapes)}
         for name, served in self._dtypes.items():
             if name.endswith(KEPT_FLOAT32) and served != torch.float32:
                 log.warning("this vLLM keeps %s in %s, the learner in torch.float32", name, served)
@@ -147,6 +149,7 @@ class VLLMEngine:
 
     # --- generation -----------------------------------------------------------------------------------------
 
+    @steady_threads()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         if self._refusal is not None:
             raise RuntimeError(self._refusal)
@@ -185,6 +188,7 @@ class VLLMEngine:
             raise
         return [self._completion(output.outputs[0]) for output in outputs]
 
+    @steady_threads()
     def score(self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probs (temperature 1) that prefilling prompt and completion gives to each completion's tokens."""
         if self._refusal is not None:
@@ -211,6 +215,7 @@ class VLLMEngine:
 
     # --- weight updates -------------------------------------------------------------------------------------
 
+    @steady_threads()
     def begin_update(self) -> None:
         self._refusal = (
             "the engine holds an incomplete weight update; send the whole update again before generating"
@@ -224,6 +229,7 @@ class VLLMEngine:
         self._reloading = True
         self._loader.begin()
 
+    @steady_threads()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """May be called several times in an update, with whole layers: never a part of a fused parameter."""
         if not self._reloading:
@@ -258,6 +264,7 @@ class VLLMEngine:
         target = self._model.get_parameter(name)
         return tensor.reshape(-1) if target.ndim == 1 else tensor.reshape(1, 1, -1, 1)
 
+    @steady_threads()
     def finish_update(self, version: int) -> None:
         self._complete_update()
         self._verified = None
@@ -289,6 +296,7 @@ class VLLMEngine:
         self._loader.finish()
         self._reloading = False
 
+    @steady_threads()
     def checksums(self) -> dict[str, int]:
         """Checksum of every tensor that is held, by checkpoint name, read from what the kernels hold.
 
@@ -343,7 +351,7 @@ def start_vllm(
     register()
     set_num_threads = torch.set_num_threads
     try:
-        with _alone_on_the_card(arguments):
+        with steady_threads(), _alone_on_the_card(arguments):
             llm = LLM(
                 model=str(folder),
                 dtype=dtype,

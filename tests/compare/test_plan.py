@@ -84,6 +84,8 @@ ARMS = {"mla": {"model.arch": "mla"}}
     ({"seeds": [-1]}, ["seeds.0", "at least 0"]),
     ({"reference": "none"}, ["reference", "'none'", "mla, hybrid"]),
     ({"stage": "rl"}, ["stage", "'rl'", "sft, rlvr"]),
+    ({"arms": {**ARMS, "b": {"stages.rlvr.eval": None}}}, ["stage rlvr", "eval: null"]),
+    ({"stage": "sft", "overrides": {"stages.sft.eval": None}}, ["stage sft", "eval: null"]),
     ({"thresholds": [50]}, ["thresholds.0", "less than 1"]),
     ({"primary": "last"}, ["primary", "auc, final or gain"]),
     ({"sedes": [1]}, ["unknown key `sedes`", "`seeds`"]),
