@@ -431,22 +431,34 @@ def test_prompts_that_do_not_fit_are_refused(served):
     assert (len(longest.token_ids), longest.finish_reason) == (1, "length")
 
 
-def test_other_numbers_of_threads_change_nothing(served, tiny_models):
+def test_other_threads_between_calls_change_nothing(served):
     """vLLM's packed weights are laid out for one number of threads in a process; updates are read back through them."""
     requests, params = ragged_requests(5), SamplingParams(8, temperature=0.0)
     update(served.engine, weights_of(served.folder, 0))
     expected = [completion.token_ids for completion in served.engine.generate(requests, params)]
     before = torch.get_num_threads()
     torch.set_num_threads(before + 2)
-    second = VLLMEngine(str(served.folder), max_model_len=MAX_LEN, max_num_seqs=8)
     try:
-        for engine in (served.engine, second):
-            update(engine, weights_of(served.folder, 1), 1)
-            update(engine, weights_of(served.folder, 0), 2)
-            assert [completion.token_ids for completion in engine.generate(requests, params)] == expected
-            assert torch.get_num_threads() == before + 2
+        update(served.engine, weights_of(served.folder, 1), 2)
+        update(served.engine, weights_of(served.folder, 0), 3)
+        assert [completion.token_ids for completion in served.engine.generate(requests, params)] == expected
+        assert torch.get_num_threads() == before + 2
     finally:
-        second.close()
+        torch.set_num_threads(before)
+
+
+def test_a_second_engine_with_other_threads_takes_updates(tiny_models):
+    folder, before = tiny_models["hybrid", "dense"], torch.get_num_threads()
+    try:
+        for threads in (before, before + 2):
+            torch.set_num_threads(threads)
+            engine = VLLMEngine(str(folder), max_model_len=MAX_LEN, max_num_seqs=8)
+            try:
+                update(engine, weights_of(folder, 1))
+                assert torch.get_num_threads() == threads
+            finally:
+                engine.close()
+    finally:
         torch.set_num_threads(before)
 
 
