@@ -195,26 +195,26 @@ class Planner:
 
     def steps(self) -> list[Step]:
         s, steps = self.settings, []
-        exported = ()
+        ready = ()
         if s.model != s.source:
-            exported = ("source",)
+            ready = ("source",)
             steps.append(Step("source", worker("source", s.source, s.model), 30, threads=s.threads, makes=s.model))
         steps.append(self._check())
-        exported += ("data",)
+        ready += ("data",)
         for arm in (arm for arm in s.arms if arm not in s.start):
             out, threads = f"models/{arm}", max(1, s.cores // (len(s.arms) + 1))
             command = kimi("convert", s.model, "--arch", arm, "--calibration", s.data["gsm8k"], "--out", out)
-            step = Step(f"convert_{arm}", command, 110, exported, threads=threads, makes=f"{out}/convert.json")
+            step = Step(f"convert_{arm}", command, 110, ready, threads=threads, makes=f"{out}/convert.json")
             step.settle = lambda step, out=out: self._clear(out)
             steps.append(step)
-        probes = self._probes(exported)
+        probes = self._probes(ready)
         steps += [*probes, *self._warm_ups()]
         for part in range(self.sample_parts):
             file = f"samples_{part}.jsonl"
             command = worker("sample", s.model, file, *self._sets("gsm8k", "math"), "--engine", s.engine)
             command += ["--seconds", str(s.sample_s), "--part", f"{part}/{self.sample_parts}"]
             command += ["--skip", str(s.sample_skip)] if s.sample_skip else []
-            step = Step(f"sample_{part}", command, ENGINE_S + s.sample_s, exported, load=0.5, start_s=ENGINE_S, gib=14,
+            step = Step(f"sample_{part}", command, ENGINE_S + s.sample_s, ready, load=0.5, start_s=ENGINE_S, gib=14,
                         threads=s.threads, makes=file)  # fmt: skip
             steps.append(step)
         for kind in s.kinds:
@@ -222,10 +222,10 @@ class Planner:
                 steps += [self._distill(kind, arm, [step.name for step in probes]) for arm in s.arms]
         if s.reaches("logits"):
             if s.source_too:
-                steps.append(self._score("source", s.model, exported, after=self._source_waits_for()))
+                steps.append(self._score("source", s.model, ready, after=self._source_waits_for()))
             steps += [self._score(f"distilled_{a}", f"runs/logits_{a}/model", (f"logits_{a}",)) for a in s.arms]
         if s.reaches("sft"):
-            steps += self._tuned(exported)
+            steps += self._tuned(ready)
         return [step for step in steps if s.scores or not step.name.startswith("score_")]
 
     def _check(self) -> Step:
@@ -249,7 +249,7 @@ class Planner:
         """Processes that sample from the source: one a card."""
         return len(self.settings.cards) if self.settings.reaches("logits") and self.settings.sample_s else 0
 
-    def _probes(self, exported: tuple[str, ...]) -> list[Step]:
+    def _probes(self, ready: tuple[str, ...]) -> list[Step]:
         """Of each arm, or of all in one process where there are fewer cards than arms."""
         s = self.settings
         groups = [(arm,) for arm in s.arms] if len(s.cards) >= len(s.arms) else [s.arms]
@@ -257,7 +257,7 @@ class Planner:
         for arms in groups:
             name = "_".join(("probe", *arms))
             command = worker("probe", "--source", s.model, "--threads", s.threads, *arms)
-            step = Step(name, command, 50 + work_s * len(arms), exported, load=0.6, start_s=50, gib=45,
+            step = Step(name, command, 50 + work_s * len(arms), ready, load=0.6, start_s=50, gib=45,
                         threads=s.threads, makes=f"probes/{arms[-1]}.json")  # fmt: skip
             step.settle = lambda step, arms=arms: self._write_probe_recipes(arms)
             made.append(step)
@@ -294,13 +294,13 @@ class Planner:
         step.settle = lambda step: self._settle_distill(step, kind, arm)
         return step
 
-    def _tuned(self, exported: tuple[str, ...]) -> list[Step]:
+    def _tuned(self, ready: tuple[str, ...]) -> list[Step]:
         """SFT of the source for each seed; SFT and RLVR of each arm and seed; their scores."""
         s, stopping = self.settings, not self.settings.reaches("rlvr")
         steps = []
         for seed in s.seeds if s.source_too else ():
             name = f"source_sft_{seed}"
-            step = Step(name, [], START_S + SFT_S, exported, load=0.6, start_s=START_S, gib=24, threads=s.threads,
+            step = Step(name, [], START_S + SFT_S, ready, load=0.6, start_s=START_S, gib=24, threads=s.threads,
                         makes=f"runs/{name}/model/config.json")  # fmt: skip
             step.settle = lambda step, seed=seed, name=name: self._settle_train(
                 step, source_recipe(s, seed), f"runs/{name}"

@@ -40,9 +40,9 @@ def check(arguments: list[str]) -> None:
     from kimi_rl.dataset import load_problems
     from kimi_rl.recipe import DataSection
 
-    recipe, *sets = arguments
-    stages = load_recipe(Path(recipe))
-    for section in (stages.data, *(more for stage in stages.stages for more in stage.more_data)):
+    file, *sets = arguments
+    recipe = load_recipe(Path(file))
+    for section in (recipe.data, *(more for stage in recipe.stages for more in stage.more_data)):
         print(f"{section.path}: {len(load_problems(section).train)} problems", flush=True)
     for name, path in named_paths(sets).items():
         print(f"{name}: {len(load_problems(DataSection(path=path), evaluation=True).held_out)} problems", flush=True)

@@ -86,16 +86,16 @@ def load_problems(section: DataSection, *, evaluation: bool = False) -> Problems
         )
     if not held_out:
         train, held_out = _hold_out(train, section.seed, section.held_out_size, found.name)
+    elif section.overlap == "leave_out" and not evaluation:
+        train = _left_out(train, held_out, found.name)
     held_out_size = section.held_out_size
     if held_out_size is None and not evaluation:
         held_out_size = min(HELD_OUT_SIZE, len(held_out))
-    if section.overlap == "leave_out" and not evaluation:
-        train = _left_out(train, held_out, found.name)
     form = (train or held_out)[0].form
     instruction = INSTRUCTIONS[form] if section.instruction is None else section.instruction
     train = _sample(train, None if evaluation else section.train_size, "train_size", section, found.name)
     held_out = _sample(held_out, held_out_size, "held_out_size", section, found.name)
-    if not evaluation:
+    if section.overlap != "leave_out" and not evaluation:
         _check_overlap(train, held_out, found.name, section.overlap == "allow")
     return Problems(
         train=_dataset(train, instruction),
