@@ -507,8 +507,9 @@ def test_the_whole_graph_on_tiny_models(inputs, here, tmp_path, capsys, monkeypa
 def measured(start, seeds, curve, batch=8, arm="hybrid", name="sft_hybrid_{}"):
     rows = [{"tokens": at, "student_perplexity": value, "teacher_perplexity": 3.0} for at, value in curve]
     scores = {name.format(seed): {"gsm8k": {"held_out_accuracy": x, "avg_at_k": x / 2}} for seed, x in enumerate(seeds)}
-    return {"settings": {"start": start}, "scores": scores,
-            "distillation": {arm: {"layers": None, "logits": {"batch_tokens": batch, "curve": rows}}}}  # fmt: skip
+    stage = {"batch_tokens": batch, "steps": len(curve), "curve": rows}
+    found = {arm: {"layers": None, "logits": stage}}
+    return {"settings": {"start": start}, "scores": scores, "distillation": found}
 
 
 def test_a_call_that_starts_from_another_goes_on_with_its_curve(tmp_path):
@@ -517,17 +518,20 @@ def test_a_call_that_starts_from_another_goes_on_with_its_curve(tmp_path):
         measured({}, [0.6], [(0, 95.0), (40, 6.0)], batch=16),
         measured({"hybrid": "distilled"}, [0.3], [(0, 5.0), (30, 4.0)]),
         measured({}, [0.8, 0.4], [(0, 99.0)], arm="mla", name="source_sft_{}"),
+        measured({}, [0.5], [(0, 90.0), (20, 7.0), (70, 4.5)]),  # the first way once more
     ]
     (tmp_path / "results").mkdir()
     files = [tmp_path / "results" / f"{number}.json" for number in range(len(results))]
     for file, result in zip(files, results, strict=True):
         file.write_text(json.dumps(result))
-    hybrid, wide, mla = plot.curves(results)
+    hybrid, wide, mla, again = plot.curves(results)
     assert hybrid.perplexity == [(0, 90.0), (50, 5.0), (80, 4.0)] and wide.perplexity == [(0, 95.0), (40, 6.0)]
     assert {at: [score["held_out_accuracy"] for score in scores] for at, scores in hybrid.tuned.items()} == {
         50: [0.1, 0.2], 80: [0.3]
     }  # fmt: skip
     assert list(wide.tuned) == [40] and not mla.tuned
+    assert again.perplexity == [(0, 90.0), (20, 7.0), (70, 4.5)] and list(again.tuned) == [70]
+    assert hybrid.label == "hybrid, 2 + 2 steps of 8" and again.label == "hybrid, 3 steps of 8"
     perplexity, tuned = plot.of_source(results)
     assert perplexity == 3.0 and tuned == {"held_out_accuracy": pytest.approx(0.6), "avg_at_k": pytest.approx(0.3)}
     assert command.main(["plot", *map(str, files), str(tmp_path / "curves.png")]) == 0

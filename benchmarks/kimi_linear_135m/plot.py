@@ -13,42 +13,48 @@ from kimi_rl.report.charts import BLUE, GREY, ORANGE
 
 COLOURS = {"hybrid": BLUE, "mla": ORANGE}
 NAMES = {"hybrid": "hybrid", "mla": "all MLA"}
+LINES = ("-", ":", "-.", "--")  # of an arm's first, second... way of being distilled
 FIGURES = {"held_out_accuracy": "greedy", "avg_at_k": "mean of samples"}
 
 
 @dataclass
 class Curve:
-    """An arm distilled in steps of `batch_tokens`. `perplexity`: (tokens, of held-out text); `tuned`: tokens to the
-    GSM8K scores after SFT of every seed, shares."""
+    """An arm distilled from its conversion on, `steps` (a number for each call) of `batch_tokens`. `perplexity`:
+    (tokens, of held-out text); `tuned`: tokens to the GSM8K scores after SFT of every seed, shares."""
 
     arm: str
     batch_tokens: int
+    steps: list[int] = field(default_factory=list)
     perplexity: list[tuple[float, float]] = field(default_factory=list)
     tuned: dict[float, list[dict[str, float]]] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
-        return f"{NAMES[self.arm]}, {self.batch_tokens:,} tokens a step"
+        return f"{NAMES[self.arm]}, {' + '.join(map(str, self.steps))} steps of {self.batch_tokens:,}"
 
 
 def curves(results: Sequence[dict[str, Any]]) -> list[Curve]:
-    """Of results.json contents in the order of their calls: one that starts from a model of before goes on with the
-    curve of its arm."""
-    found: dict[tuple[str, int], Curve] = {}
+    """Of results.json contents in the order of their calls: one that starts from a model of before goes on with its
+    arm's last curve with steps of this size."""
+    found: list[Curve] = []
     for result in results:
         starts = result["settings"].get("start") or {}
         for arm, kinds in result["distillation"].items():
             stage = kinds["logits"]
             if stage is None:
                 continue
-            curve = found.setdefault((arm, stage["batch_tokens"]), Curve(arm, stage["batch_tokens"]))
-            done = curve.perplexity[-1][0] if arm in starts and curve.perplexity else 0.0
+            size = stage["batch_tokens"]
+            before = [curve for curve in found if (curve.arm, curve.batch_tokens) == (arm, size) and arm in starts]
+            curve = before[-1] if before else Curve(arm, size)
+            found += [] if before else [curve]
+            curve.steps.append(stage["steps"])
+            done = curve.perplexity[-1][0] if curve.perplexity else 0.0
             points = [(done + row["tokens"], row["student_perplexity"]) for row in stage["curve"]]
             curve.perplexity += points[1:] if done else points  # the first is the last of before
             scores = [sets["gsm8k"] for name, sets in result["scores"].items() if name.startswith(f"sft_{arm}_")]
             if scores:
                 curve.tuned[curve.perplexity[-1][0]] = scores
-    return list(found.values())
+    return found
 
 
 def of_source(results: Sequence[dict[str, Any]]) -> tuple[float, dict[str, float]]:
@@ -82,13 +88,15 @@ def draw(found: Sequence[Curve], perplexity: float, tuned: dict[str, float], tar
     picture = Figure(figsize=(13.5, 4.0), layout="constrained")
     first, *others = picture.subplots(1, 1 + len(FIGURES))
     for curve in found:
-        style = dict(color=COLOURS[curve.arm], linestyle="-" if curve is _first_of(curve.arm, found) else ":")
+        its = [other for other in found if other.arm == curve.arm]
+        number = next(i for i, other in enumerate(its) if other is curve)
+        style = dict(color=COLOURS[curve.arm], linestyle=LINES[number % len(LINES)])
         tokens, values = zip(*curve.perplexity, strict=True)
         first.plot([x / 1e6 for x in tokens], values, marker="o", markersize=3, label=curve.label, **style)
         for axes, key in zip(others, FIGURES, strict=True):
             for at, scores in curve.tuned.items():
                 axes.plot([at / 1e6] * len(scores), [score[key] for score in scores], "o", color=style["color"],
-                          fillstyle="full" if style["linestyle"] == "-" else "none", alpha=0.7)  # fmt: skip
+                          fillstyle="none" if number else "full", alpha=0.7)  # fmt: skip
             means = [sum(score[key] for score in scores) / len(scores) for scores in curve.tuned.values()]
             axes.plot([at / 1e6 for at in curve.tuned], means, **style)
     first.axhline(perplexity, color=GREY, linestyle="--", label="source")
@@ -105,7 +113,3 @@ def draw(found: Sequence[Curve], perplexity: float, tuned: dict[str, float], tar
         axes.set_xlabel("million tokens of distillation")
         axes.grid(alpha=0.25)
     picture.savefig(target, dpi=110)
-
-
-def _first_of(arm: str, found: Sequence[Curve]) -> Curve:
-    return next(curve for curve in found if curve.arm == arm)
