@@ -1,8 +1,8 @@
 """The steps from the source to the scores: what each needs, its command, and how long it will take.
 
-Seconds were measured on an H100 with 16 cores and on two H200 with 32, several processes side by side. Times of both
-distill stages come from a probe of some steps; the `logits` stage gets all the time that what comes after it does not
-need.
+Seconds were measured on an H100 and an H200 with 16 cores and two H200 with 32, several processes side by side. Times
+of both distill stages come from a probe of some steps; the `logits` stage gets all the time that what comes after it
+does not need.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ START_S = 60.0  # a training process: imports, Ray, data, model
 DISTILL_START_S = 110.0  # one that distils: a second model, more texts, held-out figures, a group of learners that meet
 MEETING = 1.1  # a step of several learners, which wait for each other's gradients, over a step of one
 ENGINE_S = 80.0  # a process with a vLLM engine
-SFT_S, RLVR_S = 130.0, 570.0  # steps and evaluations of a run's stages; the host's work, so two on a card take as long
-UNTUNED_S = {"hybrid": 680.0, "mla": 250.0, "source": 230.0}  # scores of a model whose answers seldom end by themselves
+SFT_S, RLVR_S = 160.0, 600.0  # steps and evaluations of a run's stages; the host's work, so two on a card take as long
+UNTUNED_S = {"hybrid": 200.0, "mla": 250.0, "source": 230.0}  # scores of a model whose answers seldom end by themselves
 SLACK = 0.05  # of a call's time, left over by the plan
 RESULTS_S = 40.0  # for results.json and the comparison, at the end
 LAYERS_SHARE = 0.0  # of a call's time; what a start costs buys more in `logits` (docs/distill.md)
 STEP_S = {"layers": 0.75, "logits": 0.7}  # where no probe says otherwise
 PEAK_GIB = {"layers": 42.0, "logits": 40.0}
+RUN_GIB = 43.0  # two took 85 beside each other, with what PyTorch keeps for later
 # The stage that --layers-share puts before the recipes' own, with its teacher and data. It keeps the activations of one
 # layer alone: so long rows.
 LAYERS = {"name": "layers", "match": "layers", "steps": 300, "batch_tokens": 65536, "pack_tokens": 65536,
@@ -312,7 +313,7 @@ class Planner:
                 tuned = f"{folder}/stages/0_sft/model"
                 made = f"{tuned if stopping else folder + '/model'}/config.json"
                 seconds = START_S + SFT_S + (0 if stopping else RLVR_S)
-                step = Step(name, [], seconds, (f"logits_{arm}",), load=0.5, start_s=START_S, gib=30,
+                step = Step(name, [], seconds, (f"logits_{arm}",), load=0.5, start_s=START_S, gib=RUN_GIB,
                             threads=s.threads, makes=made)  # fmt: skip
                 step.settle = lambda step, arm=arm, seed=seed, folder=folder: self._settle_train(
                     step, run_recipe(s, arm, seed), folder, *(["--until", "sft"] if stopping else [])
