@@ -477,6 +477,30 @@ def test_plain_transformers_reads_the_folders(tmp_path):
     assert not expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a card FLA's kernels are wanted")
+def test_without_a_card_fla_is_not_imported_and_transformers_own_class_works(tmp_path):
+    pytest.importorskip("fla")
+    save_model(make_model(), None, tmp_path / "model")
+    code = """
+        import sys
+        import kimi_rl.model.load_save
+        assert not [name for name in sys.modules if name.split(".")[0] == "fla"]
+        import torch
+        import transformers
+        model = transformers.KimiLinearForCausalLM.from_pretrained(sys.argv[1])
+        assert type(model).__module__.startswith("transformers.")
+        print(model(torch.tensor([[5, 6, 7]])).logits.sum().item())
+        import fla.ops.kda  # whoever wants it finds it
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "model")],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    expected = make_model()(torch.tensor([[5, 6, 7]])).logits.sum().item()
+    assert float(run.stdout) == pytest.approx(expected, abs=1e-3)
+
+
 def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     folder = save_model(make_model(), None, tmp_path / "model")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from transformers.models.kimi_linear import modeling_kimi_linear as hf
 from transformers.utils import ModelOutput
 
 from kimi_rl.kernels.dispatch import choose, compute_dtype
@@ -41,6 +40,7 @@ from kimi_rl.kernels.short_conv import short_conv
 from kimi_rl.kernels.swiglu import swiglu
 from kimi_rl.kernels.varlen_attention import varlen_attention
 from kimi_rl.model.projections import projected_apart, projected_together
+from kimi_rl.model.stock import hf
 
 # Decoding with a KDA layer's step in one kernel: on a card unless it is 0, elsewhere only if it is 1.
 FUSED_DECODE = "KIMI_RL_FUSED_DECODE"

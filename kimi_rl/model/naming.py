@@ -18,7 +18,8 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, groupby
 
 import torch
-from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearMoE
+
+from kimi_rl.model.stock import hf
 
 
 def to_checkpoint(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -33,7 +34,7 @@ def to_checkpoint(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     layers = model.model.layers
     yield "model.embed_tokens.weight", model.model.embed_tokens.weight.detach()
     for index, layer in enumerate(layers):
-        moe = isinstance(layer.mlp, KimiLinearMoE)
+        moe = isinstance(layer.mlp, hf.KimiLinearMoE)
         for name, tensor in chain(layer.named_parameters(), layer.named_buffers()):
             for new_name, view in _layer_tensor(name, tensor.detach(), moe):
                 yield f"model.layers.{index}.{new_name}", view
