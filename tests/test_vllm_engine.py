@@ -1,5 +1,6 @@
 """The vLLM engine on a CPU against a plain forward of the same weights, and weight updates under faults."""
 
+import contextlib
 import json
 import operator
 import shutil
@@ -66,6 +67,18 @@ def runner_of(engine):
     return engine._llm.llm_engine.model_executor.driver_worker.worker.model_runner
 
 
+@contextlib.contextmanager
+def switched_off(name, part):
+    """A part of the plugin that reads its switch when it is installed."""
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(name, "0")
+            part.install()
+            yield
+    finally:
+        part.install()
+
+
 def ragged_requests(seed, count=16, vocab=200):
     rng = np.random.default_rng(seed)
     lengths = [1, 2, *rng.integers(3, 90, size=count)][:count]
@@ -118,7 +131,7 @@ def test_equals_a_plain_forward_before_and_after_three_updates(served):
             assert held == expected
 
 
-def test_fast_allocation_changes_no_token(served, monkeypatch):
+def test_fast_allocation_changes_no_token(served):
     """Greedy and sampled tokens across block borders, with the scheduler's short cut and without."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
@@ -134,11 +147,8 @@ def test_fast_allocation_changes_no_token(served, monkeypatch):
         allocate.skipped = 0
         fast = served.engine.generate(requests, params)
         skipped = allocate.skipped
-        with monkeypatch.context() as patch:
-            patch.setenv("KIMI_RL_FAST_ALLOCATE", "0")
-            fast_allocate.install()
+        with switched_off("KIMI_RL_FAST_ALLOCATE", fast_allocate):
             plain = served.engine.generate(requests, params)
-        fast_allocate.install()
         assert allocate.skipped == skipped > 100
         assert [c.token_ids for c in fast] == [c.token_ids for c in plain]
         assert sum(len(r.prompt_ids) < border < len(r.prompt_ids) + len(c.token_ids)
@@ -161,11 +171,8 @@ def test_steady_groups_change_no_token(served, monkeypatch):
         kept = engine.generate(requests, params)
         counts, few = (steady.copies, steady.builds, steady.mappings), len(built)
         built.clear()
-        with monkeypatch.context() as patch:
-            patch.setenv("KIMI_RL_STEADY_GROUPS", "0")
-            steady_groups.install()
+        with switched_off("KIMI_RL_STEADY_GROUPS", steady_groups):
             plain = engine.generate(requests, params)
-        steady_groups.install()
         assert kept == plain
         assert (steady.copies, steady.builds, steady.mappings) == counts, "the switch switches"
         assert few + counts[1] == len(built), "what was kept would have been built"
@@ -198,11 +205,8 @@ def test_those_let_in_together_get_the_same_tokens(served, monkeypatch):
         together = engine.generate(requests, params)
         held, few = schedule.held_back, [n for n in prompts if n]
         prompts.clear()
-        with monkeypatch.context() as patch:
-            patch.setenv("KIMI_RL_ADMIT_TOGETHER", "0")
-            admit_together.install()
+        with switched_off("KIMI_RL_ADMIT_TOGETHER", admit_together):
             plain = engine.generate(requests, params)
-        admit_together.install()
         at_once = [n for n in prompts if n]
         assert len({len(c.token_ids) for c in plain}) > 8, "want requests that end at different steps"
         assert sum(few) == sum(at_once) == len(requests)

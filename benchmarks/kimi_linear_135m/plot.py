@@ -87,9 +87,8 @@ def draw(found: Sequence[Curve], perplexity: float, tuned: dict[str, float], tar
 
     picture = Figure(figsize=(13.5, 4.0), layout="constrained")
     first, *others = picture.subplots(1, 1 + len(FIGURES))
-    for curve in found:
-        its = [other for other in found if other.arm == curve.arm]
-        number = next(i for i, other in enumerate(its) if other is curve)
+    for place, curve in enumerate(found):
+        number = sum(other.arm == curve.arm for other in found[:place])
         style = dict(color=COLOURS[curve.arm], linestyle=LINES[number % len(LINES)])
         tokens, values = zip(*curve.perplexity, strict=True)
         first.plot([x / 1e6 for x in tokens], values, marker="o", markersize=3, label=curve.label, **style)

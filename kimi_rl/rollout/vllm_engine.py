@@ -421,8 +421,11 @@ def _arguments(engine_args: dict[str, Any], max_model_len: int) -> dict[str, Any
     else:
         # MLA on a CPU cannot split a prompt over steps, and for other models vLLM 0.32 takes back what a seeded request
         # drew meanwhile from a place that a CPU's generator has not. So a step must have room for the longest one.
-        defaults |= {"enforce_eager": True, "max_num_batched_tokens": max(max_model_len, 4096)}
-        defaults |= {"enable_chunked_prefill": False}
+        defaults |= {
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_model_len, 4096),
+        }
     return defaults | engine_args
 
 

@@ -53,9 +53,7 @@ def install() -> None:
 
 def is_early(scheduler: Any, seats: int) -> bool:
     """Whether those who wait shall wait on, beside seats that are free."""
-    free = seats - len(scheduler.running)
-    if not scheduler.running or free <= 0 or not scheduler.waiting:
-        return False  # or it makes no difference
-    if free >= min(SHARE * seats, len(scheduler.waiting)):
+    free, waiting = seats - len(scheduler.running), len(scheduler.waiting)
+    if not scheduler.running or not 0 < free < min(SHARE * seats, waiting):
         return False
     return not any(request.is_prefill_chunk for request in scheduler.running)  # else the step holds a prompt anyway
